@@ -1,0 +1,89 @@
+"""Attention: mixes across positions.
+
+    y_BTD, handoff, aux = attention(x_BTD, ctx, state=None, given=None)
+
+Shapes: B rows, T queries, S keys, D width, H heads, G key/value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from torchstone.model.context import Aux, Context, Handoff
+from torchstone.model.site import Site
+from torchstone.model.state import PartState, Slot
+from torchstone.spec import PartSpec, lazy_parts
+
+if TYPE_CHECKING:
+    from torchstone.model.stack import LayerSpec
+
+__all__ = ["Attention", "AttentionSpec"]
+
+__getattr__ = lazy_parts(__name__)
+
+
+class AttentionSpec(PartSpec):
+    """A way to mix across positions."""
+
+    family: ClassVar[str] = "attention"
+    default_kind: ClassVar[str] = "softmax"
+    consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "bias"})
+    """What of a position it can use; an embedding added to the input needs no consent."""
+    can_give: ClassVar[frozenset[str]] = frozenset()
+    """What it can hand to later layers: "keys_values", "probs", "block_max"."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """What it needs from an earlier layer; only stacks offer such kinds."""
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "window"})
+    """Names of the mask terms that it can honour, besides documents and padding."""
+    causal_only: ClassVar[bool] = False
+    """Whether it has no bidirectional form."""
+
+    heads: int = Field(8, ge=1)
+    """Number of query heads."""
+
+    def head_size(self, width: int) -> int:
+        """Dimension of a query head."""
+        return width // self.heads
+
+    def illegal(self, layer: LayerSpec, width: int) -> str | None:
+        """Why this kind cannot stand in a layer of these parts and this width, in one sentence; None if it can."""
+        position = layer.position
+        if position.gives in ("rotation", "bias") and position.gives not in self.consumes:
+            return f"attention {self.kind} cannot use position {position.kind}: it has no use for a {position.gives}"
+        return None
+
+    def build(self, site: Site) -> Attention:
+        """The module; a cross-attention where the site has a memory."""
+        raise NotImplementedError
+
+
+class Attention(nn.Module):
+    """What an attention kind builds."""
+
+    def state_spec(self) -> tuple[Slot, ...]:
+        """Slots of its decode state."""
+        return ()
+
+    def prepare(self, ctx: Context) -> None:
+        """Make what this layer shares with others (rotation, mask) once a forward, outside compiled code."""
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        ctx: Context | None = None,
+        state: PartState | None = None,
+        given: Handoff | None = None,
+    ) -> tuple[torch.Tensor, Handoff | None, Aux]:
+        """Mixed stream (B, T, D), what later layers get, and sums for the objective.
+
+        Without a context: one sequence a row, no padding.
+        """
+        raise NotImplementedError
+
+    def flops(self, context: int) -> float:
+        """Multiply-adds times two per token besides the products with weights, at `context` keys."""
+        return 0.0

@@ -1,0 +1,216 @@
+"""Softmax attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1), with the variants that today's models combine.
+
+Grouped and multi-query heads (Ainslie et al. 2023, arXiv 2305.13245), sliding window (Beltagy et al. 2020, arXiv
+2004.05150), a norm per head on queries and keys (Henry et al. 2020, arXiv 2010.04245), a soft cap on scores (Gemma 2,
+arXiv 2408.00118), a free scale (T5 uses 1). Where the site has a memory it is a cross-attention.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from torchstone import ops
+from torchstone.model.attention import Attention, AttentionSpec
+from torchstone.model.context import Aux, Context, Handoff
+from torchstone.model.mask import BIDIRECTIONAL, Lowered, lower
+from torchstone.model.site import Site
+from torchstone.model.state import Fixed, Growing, PartState, Ring, Slot
+from torchstone.model.tokens import Tokens
+from torchstone.ops import attention as kernels
+
+if TYPE_CHECKING:
+    from torchstone.model.stack import LayerSpec
+
+__all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec"]
+
+
+class SoftmaxSpec(AttentionSpec):
+    """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
+
+    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs"})
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "role", "prefix"})
+    paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
+
+    kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads, a divisor of `heads`; None means as many as `heads`, 1 is multi-query."""
+    head_dim: int | None = Field(None, ge=1)
+    """Dimension of a head; None means width / heads."""
+    window: int | None = Field(None, ge=1)
+    """A query sees itself and the window - 1 tokens before it; None sees all."""
+    qk_norm: bool = False
+    """Normalise each head of queries and keys, with the model's kind of norm."""
+    softcap: float | None = Field(None, gt=0)
+    """Scores become cap * tanh(score / cap)."""
+    scale: float | None = Field(None, gt=0)
+    """Factor on scores; None means 1 / sqrt(head_dim), 1 is unscaled."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections have a bias."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Rate at which probabilities are dropped in training."""
+
+    def head_size(self, width: int) -> int:
+        return self.head_dim or width // self.heads
+
+    def illegal(self, layer: LayerSpec, width: int) -> str | None:
+        if self.head_dim is None and width % self.heads:
+            return f"attention.heads: {self.heads} heads do not divide width {width}"
+        if self.heads % (self.kv_heads or self.heads):
+            return f"attention.kv_heads: {self.kv_heads} does not divide {self.heads} heads"
+        return super().illegal(layer, width) or layer.position.illegal(self.head_size(width))
+
+    def build(self, site: Site) -> Attention:
+        return CrossAttention(self, site) if site.memory_width is not None else SoftmaxAttention(self, site)
+
+
+class _Softmax(Attention):
+    """What self- and cross-attention share: sizes, norms, and the mixing itself."""
+
+    def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
+        super().__init__()
+        self.spec = spec
+        self.H, self.G = spec.heads, spec.kv_heads or spec.heads
+        self.K = spec.head_size(site.width)
+        self.scale = self.K**-0.5 if spec.scale is None else spec.scale
+        self.q_norm = site.norm(self.K) if spec.qk_norm else None
+        self.k_norm = site.norm(self.K) if spec.qk_norm else None
+        self.inner_norm = site.inner_norm(self.H * self.K)
+        self.gives = site.gives
+        self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.bias == "all")
+
+    def heads(self, x_BTE: torch.Tensor, heads: int) -> torch.Tensor:
+        """(B, T, heads * K) -> (B, heads, T, K)."""
+        return x_BTE.unflatten(-1, (heads, self.K)).transpose(1, 2)
+
+    def mix(
+        self, q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, low: Lowered, ctx: Context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention and output projection: (B, T, D), and the probabilities if somebody wants them."""
+        probs, dropping = None, self.spec.dropout > 0 and ctx.key is not None
+        arguments = {"scale": self.scale, "softcap": self.spec.softcap}
+        if self.gives.probs or dropping or ctx.hears("probs"):
+            if low.mask_of is not None:
+                low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])
+            y, probs, _ = kernels.attention_reference(
+                q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments
+            )
+            tapped = ctx.drop(ctx.tap("probs", probs), self.spec.dropout, "probs")
+            if tapped is not probs:
+                v = ops.at_least_float32(v_BGSK).repeat_interleave(self.H // self.G, dim=1)
+                y = (tapped @ v).to(v_BGSK.dtype)
+        elif low.mask_of is not None:
+            y = kernels.blockwise(q_BHTK, k_BGSK, v_BGSK, mask_of=low.mask_of, **arguments)
+        else:
+            y = kernels.attention(q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments)
+        y_BTE = ctx.tap("mixed", self.inner_norm(y.transpose(1, 2).flatten(-2)))
+        return ctx.tap("out", self.out(y_BTE)), probs
+
+    def flops(self, context: int) -> float:
+        return 4.0 * self.H * self.K * min(context, self.spec.window or context)
+
+
+class SoftmaxAttention(_Softmax):
+    """Self-attention. Decode state: a growing cache, or a ring of the window."""
+
+    def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
+        super().__init__(spec, site)
+        self.position = site.position(self.K, self.H)
+        self.biased = site.position_spec is not None and site.position_spec.gives == "bias"
+        sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
+        self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
+
+    def state_spec(self) -> tuple[Slot, ...]:
+        growth: Literal["ring", "growing"] = "ring" if self.spec.window else "growing"
+        return tuple(Slot(name, growth, (self.G, self.K), self.spec.window or 0, head_axis=0) for name in ("k", "v"))
+
+    def _lowered(self, ctx: Context) -> Lowered:
+        return ctx.lowered(self.spec.window, self.position if self.biased else None)
+
+    def prepare(self, ctx: Context) -> None:
+        if self.position is not None:
+            ctx.rotation(self.position)
+        if ctx.slots is None or not self.spec.window:
+            self._lowered(ctx)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        ctx: Context | None = None,
+        state: PartState | None = None,
+        given: Handoff | None = None,
+    ) -> tuple[torch.Tensor, Handoff | None, Aux]:
+        ctx = Context.alone(x_BTD) if ctx is None else ctx
+        q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
+        q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = ctx.tap("q", q), ctx.tap("k", k), ctx.tap("v", v)
+        rotation = None if self.position is None else ctx.rotation(self.position)
+        if rotation is not None:
+            q, k = rotation.q(q), rotation.k(k)
+        keys = ctx.k
+        if state is None:
+            low = self._lowered(ctx)
+        elif isinstance(state, Ring):
+            (k, v), keys = state.write(ctx.q, k=k.transpose(1, 2), v=v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            low = ctx.lowered(self.spec.window, self.position if self.biased else None, keys, "ring")
+        else:
+            assert isinstance(state, Growing) and ctx.slots is not None
+            k, v = state.write(ctx.slots, ctx.k.index.shape[1], k=k.transpose(1, 2), v=v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            low = self._lowered(ctx)
+        q = q.to(k.dtype)
+        y_BTD, probs = self.mix(q, k, v, low, ctx)
+        handoff = Handoff(k, v, keys, probs) if self.gives.keys_values or self.gives.probs else None
+        return y_BTD, handoff, {}
+
+
+class CrossAttention(_Softmax):
+    """Attention from the stream to the context's memory. Decode state: its keys and values, computed once."""
+
+    def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
+        super().__init__(spec, site)
+        assert site.memory_width is not None
+        self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.bias != "none")
+        self.kv = site.linear(site.memory_width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.bias != "none")
+
+    def state_spec(self) -> tuple[Slot, ...]:
+        return tuple(Slot(name, "fixed", (self.G, self.K), head_axis=0) for name in ("k", "v"))
+
+    def prepare(self, ctx: Context) -> None:
+        self._lowered(ctx)
+
+    def _lowered(self, ctx: Context) -> Lowered:
+        assert ctx.memory is not None, "a cross-attention needs a memory in its context"
+        tokens = ctx.memory.tokens
+        return ctx.once("mask.memory", lambda: lower(BIDIRECTIONAL, _undivided(ctx.q), tokens, "general"))
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        ctx: Context | None = None,
+        state: PartState | None = None,
+        given: Handoff | None = None,
+    ) -> tuple[torch.Tensor, Handoff | None, Aux]:
+        assert ctx is not None and ctx.memory is not None, "a cross-attention needs a memory in its context"
+        memory = ctx.memory
+        q = self.heads(self.q(x_BTD), self.H)
+
+        def project() -> dict[str, torch.Tensor]:
+            k, v = self.kv(memory.x).split(self.G * self.K, -1)
+            k, v = self.heads(k, self.G), self.heads(v, self.G)
+            return {"k": k if self.k_norm is None else self.k_norm(k), "v": v}
+
+        stored = state.once(project) if isinstance(state, Fixed) else project()
+        q = ctx.tap("q", q if self.q_norm is None else self.q_norm(q))
+        k, v = ctx.tap("k", stored["k"]), ctx.tap("v", stored["v"])
+        y_BTD, _ = self.mix(q.to(k.dtype), k, v, self._lowered(ctx), ctx)
+        return y_BTD, None, {}
+
+
+def _undivided(q: Tokens) -> Tokens:
+    """Queries without documents: all of a row reads the same memory."""
+    return Tokens(q.index, valid=q.valid)

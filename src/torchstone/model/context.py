@@ -1,0 +1,187 @@
+"""Context: what a sublayer may look at during a forward. Read-only; it never asks which model it is in.
+
+Shapes: B rows, T queries, S keys, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from torchstone.keys import Key
+from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Lowered, Mask, Relation, Window, lower
+from torchstone.model.taps import Taps
+from torchstone.model.tokens import Tokens
+from torchstone.ops import noise
+
+if TYPE_CHECKING:
+    from torchstone.model.position import Position, Rotation
+
+__all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux"]
+
+Aux = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name -> (sum, count), both scalars or vectors of one shape: balance losses, expert counts. Names that end in
+``_loss`` are added to the objective, and their count is the number of valid tokens."""
+
+_T = TypeVar("_T")
+
+
+def add_aux(a: Aux, b: Aux) -> Aux:
+    """Sums and counts of both."""
+    if not a or not b:
+        return a or b
+    merged = dict(a)
+    for name, (total, count) in b.items():
+        merged[name] = (merged[name][0] + total, merged[name][1] + count) if name in merged else (total, count)
+    return merged
+
+
+@torch.compiler.assume_constant_result
+def _code(name: str) -> int:
+    """A number for a name, for keys that are folded inside compiled code."""
+    return Key(0).fold(name).value >> 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder attends to besides itself: hidden states (B, S, D) and their tokens."""
+
+    x: torch.Tensor | None
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """What one attention passes to later layers of the same forward; the stack decides who gets it.
+
+    Attributes:
+        k, v: keys and values (B, G, S, K), rotated as the giver rotated them, with the tokens they belong to.
+        probs: probabilities (B, H, T, S).
+        block_max: for each query the largest score in each block of keys (B, G, T, S / block_of).
+        block_of: keys in a block.
+    """
+
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    tokens: Tokens | None = None
+    probs: torch.Tensor | None = None
+    block_max: torch.Tensor | None = None
+    block_of: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """One forward as a part sees it.
+
+    Attributes:
+        q: tokens of this forward.  k: tokens a growing cache holds, `q` itself without a state.
+        mask: who may see whom.  relation: what the host knows of q and k.
+        slots: (B, T) cache slots that this forward's tokens are written to, None without a state.
+        positions: the model's position modules by key.
+        memory: the encoder's output, for cross-attention.
+        key: 0-dimensional int64 key of this forward's dropout; None outside training.
+        memo: values made once a forward (rotations, lowered masks), by name.
+    """
+
+    q: Tokens
+    k: Tokens
+    mask: Mask = CAUSAL
+    relation: Relation = "same"
+    slots: torch.Tensor | None = None
+    positions: Mapping[str, Position] = field(default_factory=dict)
+    memory: Memory | None = None
+    taps: Taps | None = None
+    scope: str = ""
+    key: torch.Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def alone(
+        cls, x_BTD: torch.Tensor, causal: bool = True, positions: Mapping[str, Position] | None = None
+    ) -> Context:
+        """The context of a part used by itself: one sequence a row, no padding, no state."""
+        tokens = Tokens.blank(x_BTD.shape[1], x_BTD.device)
+        return cls(tokens, tokens, CAUSAL if causal else BIDIRECTIONAL, positions=positions or {})
+
+    # -- taps
+
+    def tap(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """`x`, or what a listener put in its place."""
+        return x if self.taps is None else self.taps(f"{self.scope}.{name}" if self.scope else name, x)
+
+    def hears(self, name: str) -> bool:
+        """Whether a listener wants this value: only then does a part leave its fused kernel to make it."""
+        return self.taps is not None and self.taps.hears(f"{self.scope}.{name}" if self.scope else name)
+
+    def inside(self, name: str) -> Context:
+        """The context of a named child: its taps and its dropout have names of their own."""
+        if self.taps is None and self.key is None:
+            return self
+        scope = f"{self.scope}.{name}" if self.scope else name
+        key = None if self.key is None else noise.mix(self.key, _code(name))
+        return replace(self, scope=scope, key=key)
+
+    # -- made once a forward
+
+    def once(self, name: str, make: Callable[[], _T]) -> _T:
+        """`make()`, once a forward under this name."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    def lowered(
+        self, window: int | None = None, position: str | None = None, keys: Tokens | None = None, name: str = ""
+    ) -> Lowered:
+        """The mask as a kernel takes it, with a window of the layer's own and the score bias of a position module.
+
+        `keys` are the tokens of a cache with an order of its own (a ring), memoised under `name`.
+        """
+        return self.once(f"lowered.{window}.{position}.{name}", lambda: self._lower(window, position, keys))
+
+    def _lower(self, window: int | None, position: str | None, keys: Tokens | None) -> Lowered:
+        mask = self.mask if window is None else self.mask & Window(window)
+        k, relation = (self.k, self.relation) if keys is None else (keys, "general")
+        plain = position is None and k.offset is None
+        low = lower(mask, self.q, k, relation, flags=plain)
+        if plain:
+            return low
+
+        def score(q: Tokens, k: Tokens, allowed: torch.Tensor | None) -> torch.Tensor:
+            bias = None if position is None else self.positions[position].bias(q, k)
+            if k.offset is not None:
+                offset = k.offset[:, None, None, :].to(torch.get_default_dtype())
+                bias = offset if bias is None else bias + offset
+            assert bias is not None
+            return bias if allowed is None else torch.where(allowed, bias, float("-inf"))
+
+        if low.mask_of is not None:
+            blocks = low.mask_of
+
+            def mask_of(a: int, b: int) -> tuple[int, int, torch.Tensor | None]:
+                first, last, allowed = blocks(a, b)
+                return first, last, score(self.q.slice(a, b), k.slice(first, last), allowed)
+
+            return Lowered(mask_of=mask_of)
+        return Lowered(matrix_B1TS=score(self.q, k, low.matrix_B1TS))
+
+    def rotation(self, key: str) -> Rotation | None:
+        """Rotation of queries and of new keys by the position module `key`; caches hold rotated keys."""
+        return self.once(f"rotation.{key}", lambda: self.positions[key].rotation(self.q.where))
+
+    # -- dropout
+
+    def drop(self, x: torch.Tensor, rate: float, name: str, per_row: bool = False) -> torch.Tensor:
+        """`x` with elements (or whole rows of the batch) dropped at `rate` and the rest scaled to keep the mean.
+
+        The mask is a function of the context's key and `name` alone, so recomputing a forward repeats it.
+        """
+        if rate == 0.0 or self.key is None:
+            return x
+        key = noise.mix(self.key, _code(name))
+        size = x.shape[0] if per_row else x.numel()
+        kept = noise.uniform(key, size) >= rate
+        kept = kept.view(-1, *[1] * (x.dim() - 1)) if per_row else kept.view(x.shape)
+        return torch.where(kept, x / (1.0 - rate), 0.0)

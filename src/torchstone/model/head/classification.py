@@ -1,0 +1,56 @@
+"""A head that gives one set of logits a sequence: pool, optionally transform (BERT's pooler), project."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from torchstone.model.head import Head, HeadSpec
+from torchstone.model.linear import Linear
+from torchstone.model.site import Site
+from torchstone.model.tokens import Tokens
+from torchstone.spec import resolve
+
+__all__ = ["ClassificationHead", "ClassificationSpec"]
+
+
+class ClassificationSpec(HeadSpec):
+    """One set of logits a sequence, from its first, last or mean hidden state."""
+
+    classes: int = Field(2, ge=1)
+    """Number of classes; 1 is a regression."""
+    pool: Literal["first", "last", "mean"] = "first"
+    """Which hidden state: the first token's, the last valid token's, or the mean over valid tokens."""
+    pooler: bool = False
+    """A dense layer and tanh before the projection (BERT)."""
+
+    def build(self, site: Site, vocabulary: int | None) -> Head:
+        return ClassificationHead(self, site)
+
+
+class ClassificationHead(Head):
+    """(B, T, D) -> (B, classes)."""
+
+    def __init__(self, spec: ClassificationSpec, site: Site) -> None:
+        super().__init__()
+        self.pool = spec.pool
+        dense = resolve("linear", "dense")()
+        self.pooler = Linear(site.width, (site.width,), ("up",), True, dense, site.init) if spec.pooler else None  # type: ignore[arg-type]
+        self.out = Linear(site.width, (spec.classes,), ("head",), True, dense, site.init)  # type: ignore[arg-type]
+
+    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VD: torch.Tensor | None) -> torch.Tensor:
+        B, T, _ = h_BTD.shape
+        valid = torch.ones(1, T, dtype=torch.bool, device=h_BTD.device) if tokens.valid is None else tokens.valid
+        valid = valid.expand(B, T)
+        if self.pool == "mean":
+            weights = valid.to(h_BTD.dtype)[..., None]
+            h_BD = (torch.where(valid[..., None], h_BTD, 0) * weights).sum(1) / weights.sum(1).clamp(min=1)
+        else:
+            order = torch.arange(T, device=h_BTD.device)
+            at = torch.where(valid, order, T).amin(1) if self.pool == "first" else torch.where(valid, order, 0).amax(1)
+            h_BD = h_BTD[torch.arange(B, device=h_BTD.device), at.clamp(max=T - 1)]
+        if self.pooler is not None:
+            h_BD = torch.tanh(self.pooler(h_BD))
+        return self.out(h_BD)

@@ -1,0 +1,79 @@
+"""Linear: the projection type. A kind is two functions, of the input and of the weight, so that one module serves all.
+
+Shapes: ... any leading axes, I inputs, O outputs (the sum of the slices of a fused projection).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchstone.model.site import Initialise
+from torchstone.spec import PartSpec, lazy_parts
+
+__all__ = ["Linear", "LinearSpec"]
+
+__getattr__ = lazy_parts(__name__)
+
+
+class LinearSpec(PartSpec):
+    """A type of projection."""
+
+    family: ClassVar[str] = "linear"
+    default_kind: ClassVar[str] = "dense"
+    exact: ClassVar[bool] = True
+    """Whether the product is linear in its input: absorbing one projection into another needs it."""
+    owns_norm: ClassVar[bool] = False
+    """Whether the projection normalises its input itself, so that no norm goes before it."""
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input (..., I) as the product takes it."""
+        return x
+
+    def weight(self, w_OI: torch.Tensor) -> torch.Tensor:
+        """The weight (O, I) as the product takes it."""
+        return w_OI
+
+
+class Linear(nn.Module):
+    """``y = input(x) weight(W)^T + b`` with the two functions of a `LinearSpec`.
+
+    Args:
+        d_in: I.
+        outs: sizes of the slices of O; a fused projection keeps its slices' roles for initialisation, quantisation,
+            sharding and Muon.
+        roles: a role per slice.
+        bias: whether there is one, for all slices or per slice (then the others' part stays zero).
+        spec: the kind.
+        init: how a slice of a given role starts.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        outs: tuple[int, ...],
+        roles: tuple[str, ...],
+        bias: bool | tuple[bool, ...],
+        spec: LinearSpec,
+        init: Initialise,
+    ) -> None:
+        super().__init__()
+        self.slices, self.roles, self.spec, self.init = outs, roles, spec, init
+        self.weight = nn.Parameter(torch.empty(sum(outs), d_in))
+        self.bias = nn.Parameter(torch.empty(sum(outs))) if bias else None
+
+    def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        if name == "bias":
+            parameter.zero_()
+        else:
+            for part, role in zip(parameter.split(self.slices), self.roles, strict=True):
+                self.init(part, role, generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.spec.input(x), self.spec.weight(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"

@@ -1,0 +1,110 @@
+"""Position: turns the positions of tokens into what attention consumes.
+
+A kind gives one of three things: a rotation of queries and keys, a score bias, or an embedding added to the input.
+Position modules belong to the stack; an attention holds a key and asks its context.
+
+Shapes: B rows (or 1), H heads, T queries, S keys, K head dimension, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from torchstone.model.tokens import Tokens
+from torchstone.spec import PartSpec, lazy_parts
+
+__all__ = ["Position", "PositionSpec", "Positions", "Rotation"]
+
+__getattr__ = lazy_parts(__name__)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotates the pairs (i, i + R/2) of the first R channels of queries and keys; the rest passes.
+
+    `cos`, `sin` (B|1, 1, T, R/2). A kind that scales queries and keys differently overrides `q` and `k`.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+    def q(self, x_BHTK: torch.Tensor) -> torch.Tensor:
+        """Rotated queries."""
+        return self._turn(x_BHTK)
+
+    def k(self, x_BHTK: torch.Tensor) -> torch.Tensor:
+        """Rotated keys."""
+        return self._turn(x_BHTK)
+
+    def _turn(self, x: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        half = cos.shape[-1]
+        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+        if self.interleaved:
+            a, b = turned[..., ::2], turned[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        else:
+            a, b = turned[..., :half], turned[..., half:]
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+class Position(nn.Module):
+    """What a position kind builds. A method that it does not override gives None."""
+
+    limit: int | None = None
+    """Largest number of positions it knows; None if any."""
+
+    def rotation(self, where_BT: torch.Tensor) -> Rotation | None:
+        """Rotation at these positions."""
+        return None
+
+    def bias(self, q: Tokens, k: Tokens) -> torch.Tensor | None:
+        """Score bias (B|1, H, T, S)."""
+        return None
+
+    def embed(self, where_BT: torch.Tensor) -> torch.Tensor | None:
+        """Embedding (B|1, T, D) to add to the input."""
+        return None
+
+
+class PositionSpec(PartSpec):
+    """How order enters the model."""
+
+    family: ClassVar[str] = "position"
+    default_kind: ClassVar[str] = "rotary"
+    gives: ClassVar[Literal["nothing", "rotation", "bias", "embedding"]] = "nothing"
+    scope: ClassVar[Literal["model", "layer"]] = "model"
+    """Whether layers that agree in spec and sizes share one module."""
+
+    def illegal(self, dim: int) -> str | None:
+        """Why heads of dimension `dim` cannot use it, or None."""
+        return None
+
+    def build(self, dim: int, heads: int, width: int, context: int, causal: bool) -> Position:
+        """The module for `heads` heads of `dim`, a stream of `width`, at most `context` positions."""
+        raise NotImplementedError
+
+
+class Positions(nn.ModuleDict):
+    """A stack's position modules by key, each made once for the parts that ask alike."""
+
+    def __init__(self, context: int, causal: bool) -> None:
+        super().__init__()
+        self.context, self.causal = context, causal
+        self._made: dict[object, str] = {}
+
+    def add(self, spec: PositionSpec, dim: int, heads: int, width: int) -> str:
+        """Key of the module for these arguments, made if it is new."""
+        what = (spec.kind, spec.model_dump_json(), dim, heads, width)
+        if spec.scope == "layer" or what not in self._made:
+            same = sum(key == spec.kind or key.startswith(f"{spec.kind}_") for key in self)
+            key = f"{spec.kind}_{same}" if same else spec.kind
+            self[key] = spec.build(dim, heads, width, self.context, self.causal)
+            self._made[what] = key
+        return self._made[what]

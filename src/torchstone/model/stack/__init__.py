@@ -1,0 +1,171 @@
+"""Stack: the layers of an encoder or a decoder, and what they share.
+
+    x_BTD, aux = stack(x_BTD, ctx, parts)
+
+Shapes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from torchstone.model.attention import AttentionSpec
+from torchstone.model.block import Block, BlockSpec
+from torchstone.model.context import Aux, Context, Handoff, add_aux
+from torchstone.model.feedforward import FeedForwardSpec
+from torchstone.model.linear import LinearSpec
+from torchstone.model.norm import NormSpec
+from torchstone.model.position import Positions, PositionSpec
+from torchstone.model.residual import ResidualSpec
+from torchstone.model.site import Gives, Site
+from torchstone.model.state import PartState, Slot
+from torchstone.spec import Part, PartSpec, Spec, lazy_parts, part
+
+__all__ = ["LayerPlan", "LayerSpec", "Stack", "StackSpec"]
+
+__getattr__ = lazy_parts(__name__)
+
+
+class LayerSpec(Spec):
+    """The parts of one layer."""
+
+    attention: Part[AttentionSpec] = part("softmax", "attention")
+    """How positions are mixed."""
+    position: Part[PositionSpec] = part("rotary", "position")
+    """How order enters."""
+    ffn: Part[FeedForwardSpec] = part("swiglu", "ffn")
+    """How channels are mixed."""
+    residual: Part[ResidualSpec] = part("pre", "residual")
+    """How sublayers are joined to the stream."""
+    norm: Part[NormSpec] = part("rmsnorm", "norm")
+    """The kind of norm everywhere in the layer."""
+    linear: Part[LinearSpec] = part("dense", "linear")
+    """The kind of projection everywhere in the layer."""
+    block: Part[BlockSpec] = part("sequential", "block")
+    """Order of the sublayers."""
+
+    def illegal(self, width: int) -> str | None:
+        """Why these parts do not go together at this width, in one sentence; None if they do."""
+        return self.attention.illegal(self, width) or self.ffn.illegal(self, width) or self.block.illegal(self, width)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer as a stack plans it: its parts and what it hands to later ones."""
+
+    spec: LayerSpec
+    gives: Gives = Gives()
+
+
+class StackSpec(PartSpec):
+    """What the layers of an encoder or a decoder share."""
+
+    family: ClassVar[str] = "stack"
+    default_kind: ClassVar[str] = "plain"
+
+    def plan(self, layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+        """Who gets which kind and who gives what.
+
+        Raises:
+            TorchstoneError: the stack's rules forbid these layers.
+        """
+        return tuple(layers)
+
+    def build(self, layers: Sequence[LayerSpec], site: Site, context: int, memory_width: int | None) -> Stack:
+        """The module for these layers."""
+        return Stack(self.plan([LayerPlan(layer) for layer in layers]), site, context, memory_width)
+
+
+class Stack(nn.Module):
+    """Layers one after another, position modules, and the final norm that the residual asks for.
+
+    `recompute` drops activations of each layer in training and makes them again in the backward pass.
+    """
+
+    def __init__(self, plans: Sequence[LayerPlan], site: Site, context: int, memory_width: int | None) -> None:
+        super().__init__()
+        self.positions = Positions(context, site.causal)
+        layers: list[Block] = []
+        for number, plan in enumerate(plans):
+            spec = plan.spec
+            at = replace(
+                site,
+                layer=number,
+                positions=self.positions,
+                gives=plan.gives,
+                linear_spec=spec.linear,
+                norm_spec=spec.norm,
+                position_spec=spec.position,
+                residual_spec=spec.residual,
+                # stochastic depth grows linearly with depth (Huang et al. 2016, section 3)
+                drop_path=site.drop_path * number / max(1, len(plans) - 1),
+            )
+            layers.append(spec.block.build(spec, at, memory_width))
+        self.layers = nn.ModuleList(layers)
+        last = plans[-1].spec
+        self.norm = last.residual.final_norm(replace(site, norm_spec=last.norm, residual_spec=last.residual))
+        self.absolute: str | None = None
+        if plans[0].spec.position.gives == "embedding":
+            self.absolute = self.positions.add(plans[0].spec.position, site.width, 1, site.width)
+        self.recompute = False
+
+    @property
+    def limit(self) -> int | None:
+        """Largest number of positions that all position modules know; None if any."""
+        limits = [module.limit for module in self.positions.values() if module.limit is not None]
+        return min(limits, default=None)
+
+    def added(self, where_BT: torch.Tensor) -> torch.Tensor | None:
+        """Position embeddings (B|1, T, D) to add to the input, if the position is of that kind."""
+        return None if self.absolute is None else self.positions[self.absolute].embed(where_BT)
+
+    def state_spec(self) -> dict[str, tuple[Slot, ...]]:
+        """Slots by path within the stack ("layers.3.attention")."""
+        return {
+            f"layers.{i}.{name}": slots
+            for i, layer in enumerate(self.layers)
+            for name, slots in layer.state_spec().items()
+        }
+
+    def layer_state(self, parts: Mapping[str, PartState] | None, i: int) -> dict[str, PartState] | None:
+        """The decode state of layer i by sublayer."""
+        if parts is None:
+            return None
+        lead = f"layers.{i}."
+        return {name: parts[lead + name] for name in self.layers[i].attentions if lead + name in parts}
+
+    def prepare(self, ctx: Context) -> None:
+        """Make masks and rotations before the layers, so that compiled layers all see the same context."""
+        for layer in self.layers:
+            layer.prepare(ctx)
+
+    def forward(
+        self, x_BTD: torch.Tensor, ctx: Context, parts: Mapping[str, PartState] | None = None
+    ) -> tuple[torch.Tensor, Aux]:
+        """Hidden states after the final norm (B, T, D), and the layers' sums added up."""
+        aux: Aux = {}
+        for i, layer in enumerate(self.layers):
+            inside = ctx.inside(f"layers.{i}")
+            x_BTD, _, more = self.run(layer, x_BTD, inside, self.layer_state(parts, i), None)
+            x_BTD, aux = inside.tap("x", x_BTD), add_aux(aux, more)
+        return ctx.tap("norm", self.norm(x_BTD)), aux
+
+    def run(
+        self,
+        layer: nn.Module,
+        x_BTD: torch.Tensor,
+        ctx: Context,
+        state: dict[str, PartState] | None,
+        given: Handoff | None,
+    ) -> tuple[torch.Tensor, Handoff | None, Aux]:
+        """One layer, its activations kept or made again in the backward pass."""
+        if self.recompute and state is None and torch.is_grad_enabled():
+            # dropout is a function of the context's key, so there is no random state to restore
+            return checkpoint(layer, x_BTD, ctx, None, given, use_reentrant=False, preserve_rng_state=False)
+        return layer(x_BTD, ctx, state, given)

@@ -1,0 +1,81 @@
+"""Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from torchstone.ops import forced_reference
+from torchstone.ops.attention.reference import attention_reference, scores_reference
+
+__all__ = ["attention", "attention_reference", "blockwise", "scores_reference"]
+
+
+def attention(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask_BHTS: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention (B, H, T, V), by scaled_dot_product_attention where that can say it.
+
+    Arguments as in `attention_reference`; the mask's B and H may be 1. A soft-cap has no fused kernel on the CPU and
+    takes the definition.
+    """
+    if softcap is not None or forced_reference():
+        return attention_reference(
+            q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap
+        )[0]
+    (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
+    if causal and T != S:  # SDPA aligns `is_causal` with the first key; we align the last query with the last key
+        mask_BHTS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)[None, None]
+        causal = False
+    if mask_BHTS is not None and mask_BHTS.dtype != torch.bool:
+        mask_BHTS = mask_BHTS.to(q_BHTK.dtype)
+    if T == 1 and H != G and (mask_BHTS is None or mask_BHTS.shape[1] == 1):
+        # one query per row: the heads of a group become the queries of one head, and no key is copied
+        out = F.scaled_dot_product_attention(q_BHTK.reshape(B, G, H // G, K), k_BGSK, v_BGSV, mask_BHTS, scale=scale)
+        return out.reshape(B, H, 1, -1)
+    if H != G:
+        k_BGSK = k_BGSK.repeat_interleave(H // G, dim=1)
+        v_BGSV = v_BGSV.repeat_interleave(H // G, dim=1)
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSV, mask_BHTS, is_causal=causal, scale=scale)
+
+
+def blockwise(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    *,
+    mask_of: Callable[[int, int], tuple[int, int, torch.Tensor | None]],
+    scale: float,
+    softcap: float | None = None,
+    block: int = 1024,
+) -> torch.Tensor:
+    """Attention over blocks of queries, so that no T x S matrix is ever held, forwards or backwards.
+
+    `mask_of(a, b)` gives, for queries a..b, the first and last key (exclusive) that any of them sees and the mask
+    (B|1, H|1, b - a, last - first) over those keys. Each block sees all its keys at once: nothing needs merging, and
+    in the backward pass a block's mask is made again instead of kept.
+    """
+
+    def one(q_BHtK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: int, b: int) -> torch.Tensor:
+        first, last, mask = mask_of(a, b)
+        return attention(q_BHtK, k[:, :, first:last], v[:, :, first:last], scale=scale, mask_BHTS=mask, softcap=softcap)
+
+    outs = []
+    for a in range(0, q_BHTK.shape[2], block):
+        b = min(a + block, q_BHTK.shape[2])
+        q = q_BHTK[:, :, a:b]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            outs.append(checkpoint(one, q, k_BGSK, v_BGSV, a, b, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outs.append(one(q, k_BGSK, v_BGSV, a, b))
+    return torch.cat(outs, dim=2)
