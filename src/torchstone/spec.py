@@ -46,6 +46,7 @@ __all__ = [
 FAMILIES: dict[str, str] = {
     "attention": "torchstone.model.attention",
     "block": "torchstone.model.block",
+    "adapt": "torchstone.adapt",
     "corpus": "torchstone.data.corpora",
     "embedding": "torchstone.model.embedding",
     "ffn": "torchstone.model.feedforward",

@@ -9,7 +9,7 @@ Shapes: B rows, T queries, S keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -84,7 +84,7 @@ class Window(Term):
     """The query and the `size` - 1 tokens before it; with a bidirectional mask, as many after it."""
 
     size: int = 0
-    name: str = "window"
+    name: str = field(default="window", kw_only=True)  # `Window(128)` is its size
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         return (q.index[:, :, None] - k.index[:, None, :]).abs() < self.size

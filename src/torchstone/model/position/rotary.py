@@ -58,7 +58,8 @@ class RotaryPosition(Position):
         # float64 where the model is float64: conformance compares at 1e-8
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         even = torch.arange(0, self.turned, 2, device=where_BT.device, dtype=dtype)
-        frequencies, size = self.spec.base ** (-even / self.turned), 1.0
+        # the order of operations of published code: one bit of a frequency is an angle of 1e-3 at position 10,000
+        frequencies, size = 1.0 / self.spec.base ** (even / self.turned), 1.0
         if self.spec.scaling is not None:
             frequencies, size = self.spec.scaling.stretch(frequencies, self.spec.base, self.turned, self.context)
         angle_B1TR = where_BT[:, None, :, None].to(dtype) * frequencies

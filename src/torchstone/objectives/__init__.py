@@ -1,0 +1,110 @@
+"""Objectives: from (model, batch) to loss terms. The engine divides, weights, adds and differentiates.
+
+    batch = objective.prepare(batch, key)          # corruption, masking: no model needed
+    counts = objective.counts(batch)               # denominators, known before the first backward
+    result = objective(model, batch, key)          # terms: sums over what `counts` counts
+
+Because a term is a sum and its count is known for all micro-batches and ranks beforehand, one batch, k unequal
+micro-batches and two ranks give the same gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from torchstone.keys import Key
+from torchstone.model.context import Aux
+from torchstone.model.tokens import Tokens
+from torchstone.spec import PartSpec, lazy_parts
+
+__all__ = ["Batch", "Facts", "Objective", "ObjectiveSpec", "Result", "Term", "tokens_of"]
+
+__getattr__ = lazy_parts(__name__)
+
+Batch = dict[str, torch.Tensor]
+"""Tensors by name: ids, next, start, valid (B, T); example (B,); whatever an objective's `prepare` adds."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an objective may know of the data.
+
+    Attributes:
+        vocabulary: number of token ids.
+        mask, pad, separator: ids of special tokens, None where there is none.
+    """
+
+    vocabulary: int | None = None
+    mask: int | None = None
+    pad: int | None = None
+    separator: int | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: `total` is a sum, `over` names the count that it is divided by."""
+
+    total: torch.Tensor
+    over: str = "targets"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Terms of the loss, and metrics as (sum, count)."""
+
+    terms: dict[str, Term]
+    metrics: Aux = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, terms: dict[str, Term], aux: Aux) -> Result:
+        """Terms, and a model's `aux`: names ending in ``_loss`` become terms over "tokens", the rest metrics."""
+        losses = {name: Term(total, "tokens") for name, (total, _) in aux.items() if name.endswith("_loss")}
+        return cls({**terms, **losses}, {name: value for name, value in aux.items() if name not in losses})
+
+
+class ObjectiveSpec(PartSpec):
+    """What is minimised."""
+
+    family: ClassVar[str] = "objective"
+    default_kind: ClassVar[str] = "causal_lm"
+
+    def build(self, facts: Facts) -> Objective:
+        """The module.
+
+        Raises:
+            TorchstoneError: the data lacks what the objective needs (a mask token).
+        """
+        raise NotImplementedError
+
+
+class Objective(nn.Module):
+    """What an objective kind builds. Its parameters, if it has any, are trained and saved beside the model's."""
+
+    couples: ClassVar[bool] = False
+    """Whether the loss of one example depends on the others of its batch."""
+    codes: ClassVar[bool] = False
+    """Whether the loss is the code length of the text, so that bits per byte mean something."""
+
+    def prepare(self, batch: Batch, key: Key) -> Batch:
+        """The batch with whatever is drawn or derived before a model sees it."""
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Denominators by name, 0-dimensional: "tokens" (valid ones) and those that terms are over."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
+        """Terms of a prepared batch. `key` None means evaluation: nothing is dropped."""
+        raise NotImplementedError
+
+
+def tokens_of(batch: Batch, ids: torch.Tensor | None = None) -> Tokens:
+    """The batch's columns as `Tokens`, with other ids in their place if given."""
+    columns = {name: batch[name] for name in ("start", "position", "segment", "modality", "role", "valid")
+               if name in batch}
+    return Tokens.of(batch["ids"] if ids is None else ids, **columns)

@@ -1,0 +1,52 @@
+"""Causal language modelling: the cross-entropy of each next token, in nats, by a chunked product with the head."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from torchstone.keys import Key
+from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
+from torchstone.ops.cross_entropy import linear_cross_entropy, linear_nll
+
+__all__ = ["CausalLM", "CausalLMSpec"]
+
+
+class CausalLMSpec(ObjectiveSpec):
+    """Predict the next token."""
+
+    def build(self, facts: Facts) -> Objective:
+        return CausalLM()
+
+
+class CausalLM(Objective):
+    """Batch: ids, next (B, T), `next` below zero where there is no target."""
+
+    codes: ClassVar[bool] = True
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        valid = batch["valid"].sum() if "valid" in batch else torch.tensor(batch["ids"].numel())
+        return {"targets": (batch["next"] >= 0).sum(), "tokens": valid}
+
+    def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
+        out = model(tokens_of(batch), outputs="none", key=None if key is None else key.tensor(batch["ids"].device))
+        nll = vocabulary_loss(model, out.hidden, batch["next"])
+        return Result.of({"loss": Term(nll)}, out.aux)
+
+    @torch.no_grad()
+    def nll(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihood in nats of each target (B, T), zero where there is none."""
+        out = model(tokens_of(batch), outputs="none")
+        product = model.vocabulary_head().product(out.hidden, model.embedding.table())  # type: ignore[operator, union-attr]
+        nll = linear_nll(product.h.flatten(0, -2), product.weight, batch["next"].flatten(), bias_V=product.bias,
+                         softcap=product.softcap)
+        return nll.view(batch["next"].shape)
+
+
+def vocabulary_loss(model: nn.Module, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Sum of the targets' negative log-likelihoods (targets below zero count nothing), without holding all logits."""
+    product = model.vocabulary_head().product(hidden_BTD, model.embedding.table())  # type: ignore[operator, union-attr]
+    return linear_cross_entropy(product.h.flatten(0, -2), product.weight, targets_BT.flatten(), bias_V=product.bias,
+                                softcap=product.softcap)

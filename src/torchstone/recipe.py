@@ -1,0 +1,308 @@
+"""Recipe: everything that a training is, as one frozen document.
+
+A recipe is YAML; ``key.sub=value`` overrides are laid over it; the resolved document is written into the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field
+
+from torchstone.data import DataSpec
+from torchstone.errors import TorchstoneError, nearest
+from torchstone.model import ModelSpec
+from torchstone.objectives import ObjectiveSpec
+from torchstone.spec import Changes, Part, PartSpec, Spec, merge, part, validate
+
+__all__ = ["AdaptSpec", "EvaluateSpec", "OptimizerSpec", "ParallelSpec", "Recipe", "ScheduleSpec", "TrainerSpec",
+           "dump_yaml", "load_recipe", "parse_override", "parse_yaml"]
+
+
+class OptimizerSpec(PartSpec):
+    """How parameters move. The kinds are in torchstone.train.optimizers."""
+
+    family: ClassVar[str] = "optimizer"
+    default_kind: ClassVar[str] = "adamw"
+
+    lr: float = Field(1e-3, gt=0, le=100)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
+
+    def build(self, named: Any) -> Any:
+        """A torch optimizer for these `NamedParameter`s."""
+        raise NotImplementedError
+
+
+class ScheduleSpec(PartSpec):
+    """How the learning rate moves. The kinds are in torchstone.train.schedules."""
+
+    family: ClassVar[str] = "schedule"
+    default_kind: ClassVar[str] = "cosine"
+
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Factor on the peak learning rate at `step` of `steps`, both from 0, after the warm-up's part in it."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
+        return rise * self.shape(max(0, step - self.warmup), max(1, steps - self.warmup))
+
+    def shape(self, step: int, steps: int) -> float:
+        """Factor after the warm-up."""
+        raise NotImplementedError
+
+
+class AdaptSpec(PartSpec):
+    """How an existing model is adapted. The kinds are in torchstone.adapt."""
+
+    family: ClassVar[str] = "adapt"
+
+
+class TrainerSpec(Spec):
+    """The training loop."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimiser steps."""
+    batch: int = Field(8, ge=1)
+    """Sequences in one micro-batch on one rank."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches in one step."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest norm of the gradient; null never clips."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of matrix products; parameters and optimiser state are float32 either way."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto, cpu, cuda, cuda:N or mps."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads; null takes the machine's cores and records how many."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto decides once from recipe and shapes and records it."""
+    recompute: bool = False
+    """Drop activations of each layer and make them again in the backward pass."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, kept beside them."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of every random draw."""
+    log_every: int = Field(10, ge=1)
+    """Steps between rows of training metrics."""
+    save_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints kept, the newest ones."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss too."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (needs the extra `track`)."""
+
+
+class ParallelSpec(Spec):
+    """Sizes of the mesh's axes."""
+
+    data: int = Field(1, ge=1)
+    """Replicas that see different batches."""
+    shard: int = Field(1, ge=1)
+    """Ranks that share one copy of parameters and optimiser state."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that split each matrix."""
+    context: int = Field(1, ge=1)
+    """Ranks that split each sequence."""
+    expert: int = Field(1, ge=1)
+    """Ranks that hold different experts."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks that hold different layers."""
+
+
+class EvaluateSpec(Spec):
+    """Validation during training, and the test at its end."""
+
+    every: int = Field(200, ge=1)
+    """Steps between validations."""
+    blocks: int | None = Field(128, ge=1)
+    """Blocks of the validation split that are looked at, spread evenly; null means all."""
+    test: bool = True
+    """Measure the whole test split at the end."""
+
+
+class Recipe(Spec):
+    """A training, whole."""
+
+    model: Part[ModelSpec] = part("transformer", "model")
+    """What is trained."""
+    data: DataSpec = Field(default_factory=DataSpec)
+    """What it is trained on."""
+    objective: Part[ObjectiveSpec] = part("causal_lm", "objective")
+    """What is minimised."""
+    optimizer: Part[OptimizerSpec] = part("adamw", "optimizer")
+    """How parameters move."""
+    schedule: Part[ScheduleSpec] = part("cosine", "schedule")
+    """How the learning rate moves."""
+    trainer: TrainerSpec = TrainerSpec()
+    """The loop."""
+    parallel: ParallelSpec = ParallelSpec()
+    """The mesh."""
+    adapt: Part[AdaptSpec] | None = None
+    """How the model of `init_from` is adapted."""
+    init_from: str | None = None
+    """A run whose weights training starts from."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """Validation and test."""
+
+    def yaml(self) -> str:
+        """The whole document as YAML."""
+        return dump_yaml(self.dump())
+
+    def hash(self) -> str:
+        """SHA-256 of the document in canonical JSON, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()
+
+    def override(self, patch: Mapping[str, Any], changes: Changes | None = None) -> Recipe:
+        """This recipe with a patch of plain data laid over it; see `torchstone.spec.merge`."""
+        return validate(Recipe, merge(self.dump(), patch, Recipe, changes))
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Paths of the fields in which two recipes differ, with both values."""
+        return list(_differences(self.dump(), other.dump(), ""))
+
+
+def _differences(a: Any, b: Any, path: str) -> Iterable[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for name in dict.fromkeys([*a, *b]):
+            here = f"{path}.{name}" if path else name
+            if name not in a or name not in b:
+                yield f"{here} ({a.get(name, 'absent')!r} here, {b.get(name, 'absent')!r} there)"
+            else:
+                yield from _differences(a[name], b[name], here)
+    elif a != b:
+        yield f"{path} ({a!r} here, {b!r} there)"
+
+
+# ------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `1e-3` is a number, and yes, no, on and off are words."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."))
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        name = getattr(key, "value", None)
+        if isinstance(name, str) and name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+        seen.add(name if isinstance(name, str) else id(key))
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str, where: str = "YAML") -> Any:
+    """Plain data of a YAML document.
+
+    Raises:
+        TorchstoneError: not YAML, or a key that stands twice; names the line.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" line {mark.line + 1}" if mark else ""
+        raise TorchstoneError(f"{where}{at}: {getattr(error, 'problem', None) or error}") from None
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML of plain data, keys in the order of the specs."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``model.attention.kind=retention`` as a nested patch. The value is YAML.
+
+    Raises:
+        TorchstoneError: no ``=``, or an empty step in the path.
+    """
+    path, equals, value = text.partition("=")
+    steps = path.strip().split(".")
+    if not equals or not all(steps):
+        raise TorchstoneError(f"override {text!r}: needs the form field.sub=value")
+    patch: Any = parse_yaml(value, f"override {path}")
+    for step in reversed(steps):
+        patch = {step: patch}
+    return patch
+
+
+def _join(a: dict[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Both patches as one, the later value winning; a part's short form counts as its kind."""
+    joined = dict(a)
+    for name, value in b.items():
+        old = joined.get(name)
+        if isinstance(value, Mapping) and isinstance(old, str):
+            old = {"kind": old}
+        joined[name] = _join(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return joined
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("torchstone") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = (),
+                changes: Changes | None = None) -> Recipe:
+    """A recipe from a built-in name, a YAML file or plain data, with overrides laid over it.
+
+    Overrides are ``field.sub=value`` strings or nested mappings; their order does not matter unless two set one field.
+
+    Raises:
+        TorchstoneError: no such recipe, not YAML, an unknown field or kind, an illegal value or pair.
+    """
+    data: Any
+    if isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        data = parse_yaml(_read(source), str(source))
+        if data is None:
+            data = {}
+        if not isinstance(data, Mapping):
+            raise TorchstoneError(f"{source}: a recipe is a mapping of fields, got {str(data)[:60]!r}")
+    patch: dict[str, Any] = {}
+    for override in overrides:
+        patch = _join(patch, parse_override(override) if isinstance(override, str) else override)
+    return validate(Recipe, merge(data, patch, Recipe, changes))
+
+
+def _read(source: str | Path) -> str:
+    path = Path(source)
+    name = str(source)
+    if not path.suffix and re.fullmatch(r"[A-Za-z0-9_-]+", name) and not path.is_file():
+        names = builtin_recipes()
+        if name in names:
+            return (importlib.resources.files("torchstone") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        raise TorchstoneError(f"no recipe {name!r}{nearest(name, names)}; built in: {', '.join(names)}; or give a YAML file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TorchstoneError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise TorchstoneError(f"{path}: {error.strerror or error}") from None

@@ -1,0 +1,451 @@
+"""The training engine: any `nn.Module`, any objective, any source of batches.
+
+One step: batches and their counts first, over all micro-batches and ranks; then for each micro-batch the terms'
+sums, each divided by its count and weighted, and a backward pass; then one move of the optimiser. Every random draw is
+a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the weights and its number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from torchstone.errors import TorchstoneError
+from torchstone.keys import Key
+from torchstone.model.site import parameter_name
+from torchstone.objectives import Batch, Objective
+from torchstone.recipe import EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
+from torchstone.train.checkpoint import Checkpoint
+from torchstone.train.environment import autocast
+from torchstone.train.mesh import Mesh
+from torchstone.train.optimizers import named_parameters, set_factor
+from torchstone.train.progress import Progress
+from torchstone.train.run import RunFolder, load_weights
+
+__all__ = ["Source", "Split", "Stopped", "Trainer"]
+
+
+class Split(Protocol):
+    """A source of batches. `bytes` and `tokens` are those of the text, for bits per byte."""
+
+    bytes: int
+    tokens: int
+
+    def batch(self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0,
+              ranks: int = 1) -> Batch:
+        """The batch of a step: a pure function of the arguments."""
+        ...
+
+    def evaluation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Batches in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """The splits that a training reads."""
+
+    train: Split
+    valid: Split | None = None
+    test: Split | None = None
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and a checkpoint was written."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step, self.signal = step, signal_number
+
+
+@dataclass
+class Trainer:
+    """A training in progress.
+
+    Args:
+        model, objective: what is trained and what is minimised.
+        source: batches.
+        optimizer, schedule, spec, evaluate: the recipe's sections.
+        device: where the model lies.
+        mesh: ranks.
+        folder: the run to write into; None keeps everything in memory.
+        flops_per_token: forward and backward, for the utilisation that is shown on devices whose peak is known.
+    """
+
+    model: nn.Module
+    objective: Objective
+    source: Source
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    spec: TrainerSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+    device: torch.device = torch.device("cpu")
+    mesh: Mesh = field(default_factory=Mesh)
+    folder: RunFolder | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    flops_per_token: float | None = None
+    quiet: bool = False
+    tensorboard: Any = None
+
+    def __post_init__(self) -> None:
+        self.key = Key(self.spec.seed)
+        self.step = 0
+        """Completed steps."""
+        self.best = math.inf
+        self.rows: list[dict[str, Any]] = []
+        self.objective.to(self.device)
+        self.named = named_parameters([("", self.model), ("objective", self.objective)])
+        if not self.named:
+            raise TorchstoneError("nothing to train: no parameter requires a gradient")
+        self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
+        self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
+        self._signal: int | None = None
+
+    # -- one step
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Prepared batches of this rank for `step`."""
+        batches = []
+        for micro in range(self.spec.accumulate):
+            batch = self.source.train.batch(self.key.fold("data"), step, self.spec.batch, micro, self.spec.accumulate,
+                                            self.mesh.rank, self.mesh.ranks)
+            batch = self._move(batch)
+            batches.append(self.objective.prepare(batch, self._key("prepare", step, micro)))
+        return batches
+
+    def _key(self, purpose: str, step: int, micro: int) -> Key:
+        # k micro-batches on one rank and one on each of k ranks draw alike
+        return self.key.fold(purpose, step, micro * self.mesh.ranks + self.mesh.rank)
+
+    def _move(self, batch: Batch) -> Batch:
+        return batch if self.device.type == "cpu" else {name: value.to(self.device, non_blocking=True)
+                                                        for name, value in batch.items()}
+
+    def gradients(self, batches: list[Batch], step: int) -> dict[str, float]:
+        """Add the gradient of one step's loss to the parameters and give the loss and its terms.
+
+        Raises:
+            TorchstoneError: a term is not finite; names the step, the batch and the first such tensor.
+        """
+        counts = self._counts(batches)
+        totals: dict[str, torch.Tensor] = {}
+        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for micro, batch in enumerate(batches):
+            key = self._key("dropout", step, micro)
+            with autocast(self.device, self.spec):
+                result = self.objective(self.model, batch, key)
+                loss = torch.zeros((), device=self.device)
+                for name, term in result.terms.items():
+                    share = term.weight * term.total / counts[term.over]
+                    totals[name] = totals.get(name, 0) + share.detach()
+                    loss = loss + share
+            loss.backward()
+            for name, (total, count) in result.metrics.items():
+                old = metrics.get(name, (0, 0))
+                metrics[name] = (old[0] + total.detach(), old[1] + count)
+        self.mesh.sum_gradients(p.value for p in self.named)
+        values = self.mesh.sum(torch.stack([total.double() for total in totals.values()]))
+        row = dict(zip(totals, values.tolist(), strict=True))
+        row["loss"] = sum(row.values()) if len(row) > 1 or "loss" not in row else row["loss"]
+        for name, (total, count) in metrics.items():
+            both = self.mesh.sum(torch.stack([total.double().flatten(), count.double().flatten().expand(total.numel())]))
+            mean = both[0] / both[1].clamp(min=1)
+            row[name] = mean.item() if mean.numel() == 1 else mean.tolist()  # type: ignore[assignment]
+        if not math.isfinite(row["loss"]):
+            self._explain(batches, step, f"loss {row['loss']}")
+        return row
+
+    def _counts(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        each = [self.objective.counts(batch) for batch in batches]
+        names = list(each[0])
+        local = torch.stack([sum(counts[name].double() for counts in each) for name in names])  # type: ignore[misc]
+        return dict(zip(names, self.mesh.sum(local.to(self.device)).clamp(min=1), strict=True))
+
+    def train_step(self) -> dict[str, Any]:
+        """One step; a row of metrics."""
+        self.model.train()
+        self.optim.zero_grad(set_to_none=True)
+        factor = self.schedule.factor(self.step, self.spec.steps)
+        set_factor(self.optim, factor)
+        batches = self.micro_batches(self.step)
+        row: dict[str, Any] = self.gradients(batches, self.step)
+        parameters = [p.value for p in self.named]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        row["grad_norm"] = norm.item()
+        if not math.isfinite(row["grad_norm"]):
+            self._explain(batches, self.step, f"gradient norm {row['grad_norm']}")
+        if self.spec.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.clip, norm)
+        self.optim.step()
+        if self.ema is not None and self.spec.ema is not None:
+            with torch.no_grad():
+                for p in self.named:
+                    self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
+        self.step += 1
+        return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+
+    def _explain(self, batches: list[Batch], step: int, what: str) -> None:
+        """Find the first tensor that is not finite and say so.
+
+        Raises:
+            TorchstoneError: always.
+        """
+        name = self._first_bad(batches, step)
+        examples = [batch["example"].tolist() for batch in batches if "example" in batch]
+        rows = f", examples {examples[0][:8]}" if examples else ""
+        raise TorchstoneError(f"step {step + 1}: {what} is not finite; batch {step}{rows}; first in {name}; "
+                              "the weights are those of the step before, the last checkpoint is good")
+
+    def _first_bad(self, batches: list[Batch], step: int) -> str:
+        for p in self.named:
+            if not torch.isfinite(p.value).all():
+                return f"the parameter {p.name}"
+        seen: list[str] = []
+        hooks = []
+
+        def watch(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                tensors = [output] if isinstance(output, torch.Tensor) else [
+                    t for t in (output if isinstance(output, tuple | list) else vars(output).values()
+                                if hasattr(output, "__dict__") else ()) if isinstance(t, torch.Tensor)]
+                if not seen and any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+                    seen.append(f"the output of {path}")
+
+            return hook
+
+        for path, module in self.model.named_modules():
+            hooks.append(module.register_forward_hook(watch(parameter_name(path) or "the model")))
+        try:
+            with torch.no_grad(), autocast(self.device, self.spec), suppress(Exception):
+                for micro, batch in enumerate(batches):
+                    self.objective(self.model, batch, self._key("dropout", step, micro))
+                    if seen:
+                        return seen[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for p in self.named:
+            if p.value.grad is not None and not torch.isfinite(p.value.grad).all():
+                return f"the gradient of {p.name}"
+        return "the loss itself"
+
+    # -- validation
+
+    @torch.no_grad()
+    def measure_split(self, split: Split, prefix: str, limit: int | None = None) -> dict[str, Any]:
+        """Loss (and bits per byte, where the objective codes text) over a split, with the averaged weights if kept."""
+        self.model.eval()
+        totals: dict[str, torch.Tensor] = {}
+        counts: dict[str, torch.Tensor] = {}
+        weights: dict[str, tuple[str, float]] = {}
+        with self._averaged():
+            for number, batch in enumerate(split.evaluation(self.spec.batch, limit)):
+                if number % self.mesh.ranks != self.mesh.rank:
+                    continue
+                batch = self.objective.prepare(self._move(batch), self.key.fold("evaluate", prefix, number))
+                with autocast(self.device, self.spec):
+                    result = self.objective(self.model, batch, None)
+                for name, term in result.terms.items():
+                    totals[name] = totals.get(name, 0) + term.total.double()
+                    weights[name] = term.over, term.weight
+                for name, count in self.objective.counts(batch).items():
+                    counts[name] = counts.get(name, 0) + count.double()
+        self.model.train()
+        if not totals:
+            return {}
+        total = self.mesh.sum(torch.stack(list(totals.values())).cpu())
+        count = dict(zip(counts, self.mesh.sum(torch.stack(list(counts.values())).cpu()).tolist(), strict=True))
+        each = {name: value / max(1.0, count[weights[name][0]])
+                for name, value in zip(totals, total.tolist(), strict=True)}
+        row = {f"{prefix}_loss": sum(weights[name][1] * value for name, value in each.items())}
+        if self.objective.codes and getattr(split, "bytes", 0):
+            row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * split.tokens / split.bytes
+        return row
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving average in the place of the weights, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        kept = {p.name: p.value.detach().clone() for p in self.named}
+        try:
+            for p in self.named:
+                p.value.copy_(self.ema[p.name])
+            yield
+        finally:
+            for p in self.named:
+                p.value.copy_(kept[p.name])
+
+    # -- state
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything that resuming needs, by file and name."""
+        out = {"model": {parameter_name(name): value for name, value in self.model.state_dict().items()},
+               "optimizer": self._optimizer_tensors()}
+        objective = {name: value for name, value in self.objective.state_dict().items()}
+        if objective:
+            out["objective"] = objective
+        if self.ema is not None:
+            out["ema"] = {**out["model"], **{n: v for n, v in self.ema.items() if not n.startswith("objective.")}}
+        return out
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        return {f"optimizer.{key}.{p.name}": torch.as_tensor(value)
+                for p in self.named for key, value in self.optim.state.get(p.value, {}).items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            TorchstoneError: it is of another model or optimiser.
+        """
+        load_weights(self.model, checkpoint.tensors["model"], "the checkpoint's model")
+        if list(self.objective.parameters()) or list(self.objective.buffers()):
+            load_weights(self.objective, checkpoint.tensors.get("objective", {}), "the checkpoint's objective")
+        saved = checkpoint.tensors.get("optimizer", {})
+        state: dict[str, dict[str, torch.Tensor]] = {}
+        names = {p.name: p for p in self.named}
+        for full, value in saved.items():
+            key, _, name = full.removeprefix("optimizer.").partition(".")
+            if name not in names:
+                raise TorchstoneError(f"the checkpoint's optimizer holds {name}, which is no parameter here")
+            state.setdefault(name, {})[key] = value
+        for name, values in state.items():
+            parameter = names[name].value
+            self.optim.state[parameter] = {
+                key: value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+                for key, value in values.items()}
+        if self.ema is not None:
+            for name in self.ema:
+                if name in checkpoint.tensors.get("ema", {}):
+                    self.ema[name].copy_(checkpoint.tensors["ema"][name])
+        self.step = checkpoint.step
+        self.best = checkpoint.facts.get("best") if checkpoint.facts.get("best") is not None else math.inf  # type: ignore[assignment]
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint and make its weights the run's."""
+        if self.folder is None or not self.mesh.first:
+            self.mesh.barrier()
+            return
+        keep = self.folder.checkpoints(self.spec.keep_last)
+        best_value = self.best if math.isfinite(self.best) else None
+        path = keep.save(self.step, self.tensors(), {**self.facts, "best": best_value}, best)
+        self.folder.publish(path)
+        self.mesh.barrier()
+
+    # -- the loop
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the last step, validating, saving and logging on the way.
+
+        Raises:
+            TorchstoneError: something is not finite, or the disk is full.
+            Stopped: SIGINT or SIGTERM came; a checkpoint was written.
+        """
+        with self._signals(), Progress(self.spec.steps, self.step, self.quiet or not self.mesh.first) as progress:
+            began, counted = time.perf_counter(), self.step
+            if self.step == 0:
+                self._validate(progress)
+            while self.step < self.spec.steps:
+                row = self.train_step()
+                last = self.step == self.spec.steps
+                if self.step % self.spec.log_every == 0 or last or self.step == 1:
+                    now = time.perf_counter()
+                    row |= self._speed(now - began, self.step - counted)
+                    began, counted = now, self.step
+                    self._log(row, progress)
+                paused = time.perf_counter()
+                best = False
+                if self.step % self.evaluate.every == 0 or last:
+                    best = self._validate(progress)
+                if self.step % self.spec.save_every == 0 or last or (best and self.spec.keep_best):
+                    self.save(best and self.spec.keep_best)
+                if self._stop_asked():
+                    self.save()
+                    raise Stopped(self.step, self._signal or signal.SIGTERM)
+                began += time.perf_counter() - paused
+            if self.evaluate.test and self.source.test is not None and not any("test_loss" in r for r in self.rows):
+                self._log({"step": self.step, **self.measure_split(self.source.test, "test")}, progress)
+        return self.rows
+
+    def _stop_asked(self) -> bool:
+        if self.mesh.group is None:
+            return self._signal is not None
+        return bool(self.mesh.sum(torch.tensor(float(self._signal is not None), device=self.device)) > 0)
+
+    def _speed(self, seconds: float, steps: int) -> dict[str, float]:
+        block = getattr(self.source.train, "block", None)
+        rows = steps * self.spec.batch * self.spec.accumulate * self.mesh.ranks
+        speed = {"seconds_per_step": seconds / max(1, steps)}
+        if block is not None:
+            speed["tokens_per_second"] = rows * block / max(seconds, 1e-9)
+            peak = _peak(self.device)
+            if peak and self.flops_per_token:
+                speed["mfu"] = speed["tokens_per_second"] * self.flops_per_token / (peak * self.mesh.ranks)
+        return speed
+
+    def _validate(self, progress: Progress) -> bool:
+        """Measure and log the validation split; whether it is the best so far."""
+        if self.source.valid is None:
+            return False
+        row = self.measure_split(self.source.valid, "valid", self.evaluate.blocks)
+        if not row:
+            return False
+        self._log({"step": self.step, **row}, progress)
+        better = row["valid_loss"] < self.best
+        self.best = min(self.best, row["valid_loss"])
+        return better and self.step > 0
+
+    def _log(self, row: dict[str, Any], progress: Progress) -> None:
+        self.rows.append(row)
+        if not self.mesh.first:
+            return
+        progress.row(row)
+        if self.folder is not None:
+            with open(self.folder.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, row["step"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask to stop after the step; a second SIGINT stops at once."""
+        if threading.current_thread() is not threading.main_thread() or self.folder is None:
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+"""Dense bf16 FLOP/s of devices, from their data sheets."""
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)

@@ -1,0 +1,241 @@
+"""A run directory: self-contained, and the only thing that passes between commands.
+
+    recipe.yaml            the resolved recipe
+    config.json            model spec and format version; valid for Hugging Face Auto classes
+    generation_config.json, tokenizer.json, tokenizer_config.json
+    model.safetensors      the weights of the newest checkpoint (model_ema.safetensors: their moving average)
+    metrics.jsonl          one JSON object a row
+    environment.json       versions, device, threads
+    plots/                 learning curve
+    state/                 what resuming needs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from torchstone.data import Tokenizer
+from torchstone.errors import TorchstoneError
+from torchstone.files import read_json, write_bytes, write_json
+from torchstone.model import ModelSpec
+from torchstone.model.site import initialise, parameter_name
+from torchstone.recipe import Recipe, parse_yaml
+from torchstone.spec import Part, Spec, validate
+from torchstone.train.checkpoint import Checkpoints, load_tensors
+from torchstone.train.migrations import FORMAT_VERSION, migrate
+
+__all__ = ["RunFolder", "build_model", "load_weights"]
+
+
+class _ModelHolder(Spec):
+    model: Part[ModelSpec]
+
+
+def build_model(spec: ModelSpec, seed: int | None, device: torch.device | str = "cpu") -> nn.Module:
+    """The model on `device`, every parameter drawn by (seed, name); `seed` None leaves them unset for loading."""
+    with torch.device("meta"):
+        model = spec.build()
+    model = model.to_empty(device=device)
+    return model if seed is None else initialise(model, seed)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """Put named tensors into a model, strictly.
+
+    Raises:
+        TorchstoneError: missing, surplus or mis-shaped tensors, by name; the model is then unchanged.
+    """
+    own = {parameter_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    shapes = [f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+              for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if missing or surplus or shapes:
+        said = [f"missing {_some(missing)}" if missing else "", f"not of this model {_some(surplus)}" if surplus else "",
+                _some(shapes) if shapes else ""]
+        raise TorchstoneError(f"{where}: {'; '.join(part for part in said if part)}")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class RunFolder:
+    """The files of a run; see the module's docstring."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    # -- being a run
+
+    def exists(self) -> bool:
+        """Whether a training was begun here."""
+        return (self.path / "recipe.yaml").is_file() and (self.path / "config.json").is_file()
+
+    def require(self) -> RunFolder:
+        """This run.
+
+        Raises:
+            TorchstoneError: the folder is missing or no run.
+        """
+        if not self.path.is_dir():
+            raise TorchstoneError(f"{self.path}: no such run")
+        if not self.exists():
+            lacks = [name for name in ("recipe.yaml", "config.json") if not (self.path / name).is_file()]
+            raise TorchstoneError(f"{self.path}: not a run (no {' and no '.join(lacks)})")
+        return self
+
+    def check_free(self) -> None:
+        """Refuse a folder in which something else lies.
+
+        Raises:
+            TorchstoneError: a run is there already (resume it or take another folder), or other files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise TorchstoneError(f"{self.path}: is a file, not a folder for a run")
+        if self.exists():
+            raise TorchstoneError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
+        # what a kill may leave of a run before its recipe was written is not somebody else's
+        others = [entry.name for entry in self.path.iterdir()
+                  if not entry.name.startswith(".")] if self.path.is_dir() else []
+        if set(others) - {"recipe.yaml", "config.json", "environment.json", "generation_config.json", "tokenizer.json",
+                          "tokenizer_config.json", "metrics.jsonl", "state", "plots"}:
+            raise TorchstoneError(f"{self.path}: exists and is not a run (it holds {sorted(others)[0]}); choose another --out")
+
+    # -- reading
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe, migrated to today's format."""
+        path = self.path / "recipe.yaml"
+        try:
+            data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TorchstoneError(f"{path}: cannot be read ({error})") from None
+        return validate(Recipe, migrate("recipe", data, self._version(), path), "recipe.yaml")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``, migrated to today's format."""
+        path = self.path / "config.json"
+        config = read_json(path)
+        if not isinstance(config, dict) or config.get("model_type") != "torchstone":
+            raise TorchstoneError(f"{path}: not torchstone's (model_type is "
+                                  f"{config.get('model_type') if isinstance(config, dict) else None!r})")
+        return migrate("config", config, self._version(config), path)
+
+    def _version(self, config: Mapping[str, Any] | None = None) -> int:
+        config = read_json(self.path / "config.json") if config is None else config
+        version = config.get("format_version")
+        if not isinstance(version, int):
+            raise TorchstoneError(f"{self.path / 'config.json'}: has no format_version")
+        return version
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model's spec."""
+        return validate(_ModelHolder, {"model": self.config["spec"]}, "config.json").model
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.path)
+
+    def model(self, weights: Literal["last", "ema"] = "last", device: torch.device | str = "cpu") -> nn.Module:
+        """The trained model, in evaluation mode.
+
+        Raises:
+            TorchstoneError: no weights yet, or a file that is truncated, altered or of another model.
+        """
+        path = self.path / ("model.safetensors" if weights == "last" else "model_ema.safetensors")
+        if not path.is_file():
+            what = "no weights yet; it stopped before its first checkpoint" if weights == "last" else "no moving average"
+            raise TorchstoneError(f"{self.path}: {what}")
+        model = build_model(self.model_spec, None, device)
+        load_weights(model, load_tensors(path), path)
+        return model.eval()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+    @property
+    def state(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "state"
+
+    def checkpoints(self, keep_last: int = 2) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(self.state, keep_last)
+
+    # -- writing
+
+    def begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
+        """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save(self.path)
+            write_json(self.path / "generation_config.json", {
+                "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
+                "pad_token_id": tokenizer.pad, "do_sample": True, "max_new_tokens": 256})
+        write_json(self.path / "environment.json", environment)
+        write_json(self.path / "config.json", config_of(recipe.model, tokenizer))
+        write_bytes(self.path / "recipe.yaml", recipe.yaml().encode())
+
+    def publish(self, checkpoint: Path) -> None:
+        """Make the weights of a checkpoint the run's weights: a hard link where the file system has them."""
+        for source, target in (("model", "model"), ("ema", "model_ema")):
+            file = checkpoint / f"{source}.safetensors"
+            if not file.exists():
+                continue
+            temporary = self.path / f".{target}.{os.getpid()}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(file, temporary)
+            except OSError:
+                shutil.copyfile(file, temporary)
+            os.replace(temporary, self.path / f"{target}.safetensors")
+
+    def trim_metrics(self, step: int) -> None:
+        """Drop rows after `step`: a resumed run writes them again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            rows = [row for row in self._rows() if row.get("step", 0) <= step]
+            write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def config_of(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """``config.json`` of a model: its spec, and the names that Hugging Face tools look for."""
+    body = spec.dump()
+    heads = body.get("attention", {}).get("heads") if isinstance(body.get("attention"), dict) else None
+    tops = {"lm": "ForCausalLM", "mlm": "ForMaskedLM", "classification": "ForSequenceClassification"}
+    head = (body.get("head") or {}).get("kind", "")
+    facts = {"vocab_size": body.get("vocabulary"), "hidden_size": body.get("width"),
+             "num_hidden_layers": body.get("depth"), "num_attention_heads": heads,
+             "max_position_embeddings": body.get("context"), "is_encoder_decoder": body.get("encoder") is not None,
+             "tie_word_embeddings": (body.get("head") or {}).get("tied")}
+    if tokenizer is not None:
+        facts |= {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
+                  "pad_token_id": tokenizer.pad}
+    return {"model_type": "torchstone", "architectures": [f"Torchstone{tops.get(head, 'Model')}"],
+            "format_version": FORMAT_VERSION, **{name: value for name, value in facts.items() if value is not None},
+            "torch_dtype": "float32", "spec": body}

@@ -1,0 +1,91 @@
+"""Parameter counts in closed form, one formula a kind, independent of the modules.
+
+A new kind that has parameters adds its formula here; the test of counts says which is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torchstone.model.stack import LayerSpec
+from torchstone.model.transformer import TransformerSpec
+from torchstone.spec import PartSpec
+
+Formula = Callable[..., int]
+
+
+def _softmax(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    H, G = spec.heads, spec.kv_heads or spec.heads
+    K = spec.head_dim or D // H
+    total = D * H * K + 2 * (memory or D) * G * K + H * K * D
+    total += (H * K + 2 * G * K) * (spec.bias != "none") + D * (spec.bias == "all")
+    return total + 2 * of(layer.norm)(layer.norm, K) * spec.qk_norm
+
+
+def _gated(spec: Any, D: int) -> int:
+    F = spec.hidden or (8 * D // 3 + 31) // 32 * 32
+    return 3 * D * F + (2 * F + D) * spec.bias
+
+
+FORMULAS: dict[tuple[str, str], Formula] = {
+    ("attention", "softmax"): _softmax,
+    ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
+    ("ffn", "swiglu"): _gated,
+    ("ffn", "geglu"): _gated,
+    ("norm", "rmsnorm"): lambda spec, D: D * spec.gain,
+    ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
+    # norms around one sublayer, and the final one
+    ("residual", "pre"): lambda spec: (1, 1),
+    ("residual", "post"): lambda spec: (1, 0),
+    ("residual", "sandwich"): lambda spec: (2, 1),
+    # joins, attentions, cross-attentions, feed-forwards of a layer with a memory or without
+    ("block", "sequential"): lambda spec, memory: (2 + memory, 1, memory, 1),
+    ("block", "attention_only"): lambda spec, memory: (1 + memory, 1, memory, 0),
+    ("block", "parallel"): lambda spec, memory: (1, 1, 0, 1),
+    # once a stack
+    ("position", "none"): lambda spec, D, H, context: 0,
+    ("position", "alibi"): lambda spec, D, H, context: 0,
+    ("position", "rotary"): lambda spec, D, H, context: 0,
+    ("position", "sinusoidal"): lambda spec, D, H, context: 0,
+    ("position", "learned"): lambda spec, D, H, context: context * D,
+    ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
+    ("embedding", "token"): lambda spec, D, V: (
+        (V + spec.types) * D + (of(spec.norm)(spec.norm, D) if spec.norm is not None else 0)
+    ),
+    ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
+    ("head", "lm"): lambda spec, D, V, norm: 0 if spec.tied else V * D + V * spec.bias,
+    ("head", "mlm"): lambda spec, D, V, norm: D * D + D + of(norm)(norm, D) + V + (0 if spec.tied else V * D),
+    ("head", "classification"): lambda spec, D, V, norm: (
+        D * spec.classes + spec.classes + (D * D + D) * spec.pooler
+    ),
+    ("stack", "plain"): lambda spec: 0,
+}
+
+
+def of(spec: PartSpec) -> Formula:
+    """The formula of a part's kind."""
+    key = (spec.family, spec.kind)
+    assert key in FORMULAS, f"{spec.family} {spec.kind} has no formula for its parameters in {__name__}"
+    return FORMULAS[key]
+
+
+def parameters(spec: TransformerSpec) -> int:
+    """Parameters of a Transformer whose layers are alike."""
+    D, V = spec.width, spec.vocabulary
+    total = of(spec.embedding)(spec.embedding, D, V) + of(spec.head)(spec.head, D, V, spec.norm)
+    for side in ("encoder", "decoder"):
+        plan, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
+        for layer in plan:
+            around, _ = of(layer.residual)(layer.residual)
+            joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
+            total += joins * around * of(layer.norm)(layer.norm, D)
+            total += attentions * of(layer.attention)(layer.attention, layer, D, None)
+            total += crosses * of(layer.attention)(layer.attention, layer, D, D)
+            total += ffns * of(layer.ffn)(layer.ffn, D)
+        if plan:
+            _, final = of(plan[-1].residual)(plan[-1].residual)
+            total += final * of(plan[-1].norm)(plan[-1].norm, D)
+            total += of(plan[0].position)(plan[0].position, D, plan[0].attention.heads, spec.context)
+            total += of(spec.stack)(spec.stack)
+    return total

@@ -1,0 +1,156 @@
+"""Every property on every legal pair of variants, in tiny models, in float64 at 1e-8."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.cases import Case, axes, covering, pairs_of, singles
+from conformance.checks import CHECKS
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+EXEMPTIONS: list[dict[str, Any]] = tomllib.loads((Path(__file__).parent / "exemptions.toml").read_text())["exempt"]
+
+
+def exempt(case: Case, check: str) -> bool:
+    return any(entry["check"] == check and case.chosen[entry["family"]] == entry["variant"] for entry in EXEMPTIONS)
+
+
+def applicable(check: str) -> list[Case]:
+    return [case for case in covering()[0] if CHECKS[check][1](case) and not exempt(case, check)]
+
+
+def claim(check: str) -> Any:
+    """A test of one check on every case of the covering array to which it applies."""
+    return pytest.mark.parametrize("case", applicable(check), ids=str)
+
+
+@claim("causality")
+def test_later_tokens_change_nothing_earlier(case: Case) -> None:
+    CHECKS["causality"][0](case)
+
+
+@claim("documents")
+def test_packed_documents_equal_separate_ones(case: Case) -> None:
+    CHECKS["documents"][0](case)
+
+
+@claim("padding")
+def test_padding_left_and_right_changes_nothing(case: Case) -> None:
+    CHECKS["padding"][0](case)
+
+
+@claim("memory_padding")
+def test_padding_of_the_memory_changes_nothing(case: Case) -> None:
+    CHECKS["memory_padding"][0](case)
+
+
+@claim("decoding")
+def test_decoding_step_by_step_equals_one_forward(case: Case) -> None:
+    CHECKS["decoding"][0](case)
+
+
+@claim("decoding_alike")
+def test_decoding_rows_of_one_length_equals_one_forward(case: Case) -> None:
+    CHECKS["decoding_alike"][0](case)
+
+
+@claim("chunks")
+def test_prefill_in_chunks_equals_prefill_at_once(case: Case) -> None:
+    CHECKS["chunks"][0](case)
+
+
+@claim("batch")
+def test_row_alone_equals_the_row_in_a_batch(case: Case) -> None:
+    CHECKS["batch"][0](case)
+
+
+@claim("gradients")
+def test_gradients_reach_every_parameter(case: Case) -> None:
+    CHECKS["gradients"][0](case)
+
+
+@claim("bfloat16")
+def test_outputs_and_gradients_are_finite_in_bfloat16(case: Case) -> None:
+    CHECKS["bfloat16"][0](case)
+
+
+@claim("meta")
+def test_meta_construction_equals_direct_construction(case: Case) -> None:
+    CHECKS["meta"][0](case)
+
+
+@claim("count")
+def test_parameters_are_as_many_as_the_formulas_say(case: Case) -> None:
+    CHECKS["count"][0](case)
+
+
+@claim("saving")
+def test_saved_and_loaded_model_gives_the_same_outputs(case: Case) -> None:
+    CHECKS["saving"][0](case)
+
+
+@claim("round_trip")
+def test_spec_through_json_is_the_same_spec(case: Case) -> None:
+    CHECKS["round_trip"][0](case)
+
+
+@claim("recomputation")
+def test_recomputed_activations_change_nothing_bit_for_bit(case: Case) -> None:
+    CHECKS["recomputation"][0](case)
+
+
+@claim("copies")
+def test_snapshot_fork_and_truncation_of_a_state_go_on_as_before(case: Case) -> None:
+    CHECKS["copies"][0](case)
+
+
+@claim("last")
+def test_last_position_alone_equals_it_among_all(case: Case) -> None:
+    CHECKS["last"][0](case)
+
+
+@claim("encoded")
+def test_memory_encoded_beforehand_equals_the_inputs_of_the_encoder(case: Case) -> None:
+    CHECKS["encoded"][0](case)
+
+
+# -------------------------------------------------------------------------------------------------- the suite itself
+
+
+def test_every_check_has_a_test() -> None:
+    source = Path(__file__).read_text()
+    assert [name for name in CHECKS if f'@claim("{name}")' not in source] == []
+
+
+def test_every_legal_pair_of_variants_is_in_some_model() -> None:
+    cases, illegal = covering()
+    covered = set().union(*(pairs_of(case.chosen) for case in cases))
+    names = list(axes())
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for x in axes()[a]:
+                for y in axes()[b]:
+                    pair = ((a, x), (b, y))
+                    assert pair in covered or illegal.get(pair), f"{pair} is in no model and nothing forbids it"
+    assert not covered & set(illegal)
+
+
+def test_every_variant_of_every_kind_is_in_some_model() -> None:
+    for axis, values in axes().items():
+        assert set(values) == {case.chosen[axis] for case in covering()[0]} == {c.chosen[axis] for c in singles()}
+
+
+@pytest.mark.parametrize("entry", EXEMPTIONS, ids=lambda entry: f"{entry['variant']}-{entry['check']}")
+def test_exempted_check_really_fails(entry: dict[str, Any]) -> None:
+    assert entry["reason"] and entry["variant"] in axes()[entry["family"]]
+    check, applies = CHECKS[entry["check"]]
+    cases = [c for c in covering()[0] if c.chosen[entry["family"]] == entry["variant"] and applies(c)]
+    assert cases, "the exemption meets no model"
+    for case in cases:
+        with pytest.raises(AssertionError):
+            check(case)

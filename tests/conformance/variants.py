@@ -1,0 +1,58 @@
+"""Forms in which a kind is tried, besides its defaults: (family, kind) -> name -> fields.
+
+Every kind has the variant "default" with no fields; an entry of that name replaces it, for kinds whose fields have no
+defaults or whose defaults do not fit a model of width 32 and context 64. A new kind needs no entry here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchstone.spec import kinds
+
+VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
+    ("attention", "softmax"): {
+        "grouped": {"kv_heads": 2},
+        "multi_query": {"kv_heads": 1},
+        "window": {"window": 5},
+        "qk_norm": {"qk_norm": True},
+        "softcap": {"softcap": 2.0},
+        "unscaled": {"scale": 1.0},
+        "biases": {"bias": "all"},
+        "head_dim": {"head_dim": 6, "bias": "qkv"},
+        "all": {"kv_heads": 2, "window": 3, "qk_norm": True, "softcap": 3.0, "bias": "all"},
+    },
+    ("position", "rotary"): {"interleaved": {"interleaved": True}, "half": {"fraction": 0.5}},
+    ("position", "t5"): {"few": {"buckets": 8, "far": 10}},
+    ("scaling", "linear"): {"default": {"factor": 4.0}},
+    ("scaling", "ntk"): {"default": {"factor": 4.0}},
+    ("scaling", "yarn"): {"default": {"factor": 4.0, "original": 16}},
+    ("scaling", "llama3"): {"default": {"factor": 4.0, "original": 16}},
+    ("ffn", "mlp"): {
+        "gelu_tanh": {"activation": "gelu_tanh"},
+        "relu": {"activation": "relu", "bias": True},
+        "relu2": {"activation": "relu2"},
+    },
+    ("ffn", "geglu"): {"tanh": {"activation": "gelu_tanh", "bias": True, "hidden": 40}},
+    ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
+    ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
+    ("embedding", "token"): {"bert": {"types": 2, "norm": "layernorm"}, "scaled": {"scale": True}},
+    ("embedding", "patch"): {"default": {"image": 8, "patch": 2, "channels": 2}, "bare": {"class_token": False}},
+    ("head", "lm"): {"untied": {"tied": False, "bias": True}, "softcap": {"softcap": 5.0, "scale": True}},
+    ("head", "mlm"): {"untied": {"tied": False}},
+    ("head", "classification"): {"mean": {"pool": "mean", "classes": 3}, "pooler": {"pool": "last", "pooler": True}},
+}
+VARIANTS["embedding", "patch"]["bare"] |= {"image": 8, "patch": 2, "channels": 2}
+
+
+def variants(family: str) -> dict[str, dict[str, Any]]:
+    """Name -> part data of every variant of every kind of a family; the name of a default is its kind."""
+    found = {}
+    for kind in kinds(family):
+        forms = {"default": {}, **VARIANTS.get((family, kind), {})}
+        for name, fields in forms.items():
+            found[kind if name == "default" else f"{kind}_{name}"] = {"kind": kind, **fields}
+    if family == "position":
+        for name, scaling in variants("scaling").items():
+            found[f"rotary_{name}"] = {"kind": "rotary", "scaling": scaling}
+    return found
