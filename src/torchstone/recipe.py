@@ -20,7 +20,7 @@ from torchstone.data import DataSpec
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.objectives import ObjectiveSpec
-from torchstone.spec import Changes, Part, PartSpec, Spec, merge, part, validate
+from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, merge, part, validate
 
 __all__ = ["AdaptSpec", "EvaluateSpec", "OptimizerSpec", "ParallelSpec", "Recipe", "ScheduleSpec", "TrainerSpec",
            "dump_yaml", "load_recipe", "parse_override", "parse_yaml"]
@@ -137,7 +137,7 @@ class Recipe(Spec):
 
     model: Part[ModelSpec] = part("transformer", "model")
     """What is trained."""
-    data: DataSpec = Field(default_factory=DataSpec)
+    data: Part[DataSpec] = part("text", "data")
     """What it is trained on."""
     objective: Part[ObjectiveSpec] = part("causal_lm", "objective")
     """What is minimised."""
@@ -252,12 +252,12 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def _join(a: dict[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Both patches as one, the later value winning; a part's short form counts as its kind."""
+    """Both patches as one, the later value winning; a part's bare word is kept under SHORT."""
     joined = dict(a)
     for name, value in b.items():
         old = joined.get(name)
         if isinstance(value, Mapping) and isinstance(old, str):
-            old = {"kind": old}
+            old = {SHORT: old}
         joined[name] = _join(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return joined
 

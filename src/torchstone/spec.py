@@ -48,6 +48,7 @@ FAMILIES: dict[str, str] = {
     "block": "torchstone.model.block",
     "adapt": "torchstone.adapt",
     "corpus": "torchstone.data.corpora",
+    "data": "torchstone.data",
     "embedding": "torchstone.model.embedding",
     "ffn": "torchstone.model.feedforward",
     "head": "torchstone.model.head",
@@ -67,6 +68,10 @@ FAMILIES: dict[str, str] = {
 
 _ROOTS: dict[str, type[PartSpec]] = {}
 _KINDS: dict[str, dict[str, type[PartSpec]]] = {}
+
+
+SHORT = "*"
+"""Key under which a patch keeps a part's bare word when another override sets one of its fields."""
 
 
 class Spec(BaseModel):
@@ -120,6 +125,11 @@ class PartSpec(Spec):
         return {"kind": self.kind, **handler(self)} if self.kind else handler(self)
 
     @classmethod
+    def short(cls, value: str) -> dict[str, Any]:
+        """What a bare word in the place of a part stands for: its kind, unless a family knows better."""
+        return {"kind": value}
+
+    @classmethod
     def summary(cls) -> str:
         """The first line of the class docstring: one line of what the part is."""
         return (inspect.getdoc(cls) or "").split("\n", 1)[0]
@@ -138,7 +148,7 @@ class _Open:
             if isinstance(value, source):
                 return value
             if isinstance(value, str):  # `norm: layernorm` is short for `norm: {kind: layernorm}`
-                value = {"kind": value}
+                value = source.short(value)
             if not isinstance(value, Mapping):
                 raise PydanticCustomError(
                     "part", "needs a kind or a mapping with 'kind', not {got}", {"got": repr(value)[:60]}
@@ -307,13 +317,15 @@ def merge(
         family = part_family(info) if info is not None else None
         nested = _spec_of(info.annotation) if info is not None and family is None else None
         if family is not None and isinstance(value, str):
-            value = {"kind": value}
+            value = family_root(family).short(value)
+        if family is not None and isinstance(value, Mapping) and SHORT in value:
+            value = {**family_root(family).short(value[SHORT]), **{k: v for k, v in value.items() if k != SHORT}}
         if not isinstance(value, Mapping) or (family is None and nested is None):
             merged[name] = value
             continue
         old = merged.get(name)
-        if isinstance(old, str):
-            old = {"kind": old}
+        if family is not None and isinstance(old, str):
+            old = family_root(family).short(old)
         if old is None and info is not None:
             old = _default_of(info)
         old = dict(old) if isinstance(old, Mapping) else {}

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torchstone.data.corpora import CorpusSpec, Document
 from torchstone.data.prepare import Prepared, prepare
 from torchstone.data.spec import DataSpec
+from torchstone.data.text import TextSpec
 from torchstone.data.tokenizers import TokenizerSpec
 
 if TYPE_CHECKING:
     from torchstone.data.blocks import Blocks
     from torchstone.data.tokenizer import Tokenizer
 
-__all__ = ["Blocks", "CorpusSpec", "DataSpec", "Document", "Prepared", "Tokenizer", "TokenizerSpec", "prepare"]
+__all__ = ["Blocks", "CorpusSpec", "DataSpec", "Document", "Prepared", "TextSpec", "Tokenizer", "TokenizerSpec", "prepare"]
 
 _LAZY = {"Blocks": "blocks", "Tokenizer": "tokenizer"}
 

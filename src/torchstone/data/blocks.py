@@ -76,8 +76,8 @@ class Blocks:
 
         Returns:
             ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each, -100 where the stream ends; ``start``
-            int64 (B, T), index within the block where each token's document starts, 0 if it started before or documents
-            are not separated; ``example`` int64 (B,), block numbers, which are the same in every epoch.
+            int64 (B, T), index within the block where each token's document starts, 0 if it started before (absent
+            where documents are not separated); ``example`` int64 (B,), block numbers, which are the same in every epoch.
 
         Raises:
             TorchstoneError: the split has no full block.
@@ -130,7 +130,8 @@ class Blocks:
                 start_BT[row, begins] = begins
         if self._separate:
             np.maximum.accumulate(start_BT, axis=1, out=start_BT)
-        return {"ids": ids_BT, "next": next_BT, "start": start_BT, "example": np.asarray(blocks, np.int64)}
+        rows = {"ids": ids_BT, "next": next_BT, "example": np.asarray(blocks, np.int64)}
+        return {**rows, "start": start_BT} if self._separate else rows
 
 
 def _map(path: Path, dtype: str, length: int) -> np.ndarray:

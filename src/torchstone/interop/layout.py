@@ -232,6 +232,15 @@ class Model:
         return dict(_flat({**top, "context": self.context, **parts, **sides}))
 
 
+_PLAIN = {
+    "embedding": ("token",),
+    "stack": ("plain",),
+    "attention": ("softmax",),
+    "linear": ("dense",),
+    "block": ("sequential",),
+}
+"""Kinds that every layout so far has."""
+
 _TRAINING = frozenset({"dropout", "drop_path", "std", "scale_outputs"})
 
 
@@ -256,8 +265,9 @@ class Layout:
 
     Attributes:
         model_type: as in config.json.
+        sides: the stacks it has, "encoder" and "decoder".
         architectures: class names that config.json may give -> kind of our head; the first is the default.
-        kinds: the parts that it can express: family -> kinds.
+        kinds: the parts that it can express: family -> kinds (where it is not only the plainest one).
         spec: config (and the checkpoint's tensors, where the config alone leaves it open) -> `TransformerSpec` as plain
             data. It gets the kind of head too.
         config: a model of these kinds -> the config.
@@ -270,6 +280,7 @@ class Layout:
     """
 
     model_type: str
+    sides: tuple[str, ...]
     architectures: Mapping[str, str]
     kinds: Mapping[str, tuple[str, ...]]
     spec: Callable[[Config, str, Shapes | None], dict[str, Any]]
@@ -296,7 +307,7 @@ class Layout:
                 f"{self.model_type} config: architecture {given!r} is not supported"
                 f"{nearest(given, self.architectures)}; supported: {', '.join(self.architectures)}"
             )
-        return {"kind": "transformer", **self.spec(Config(self.model_type, config), self.architectures[given], shapes)}
+        return self.spec(Config(self.model_type, config), self.architectures[given], shapes)
 
     def to_config(self, spec: TransformerSpec) -> dict[str, Any]:
         """The config.json of a spec. It says nothing of special tokens: those are the tokenizer's.
@@ -304,10 +315,7 @@ class Layout:
         Raises:
             TorchstoneError: the layout has no place for something in the spec.
         """
-        for part, kind in [*self._parts(spec, "embedding", "head", "stack"), *self._layer_parts(spec)]:
-            family = part.rpartition(".")[2]
-            if kind not in self.kinds.get(family, (kind,)):
-                raise self._misfit(part, kind, " or ".join(self.kinds[family]))
+        self._check_kinds(spec)
         model = Model.of(spec, _on_meta(spec))
         head = spec.head.kind
         architecture = next(name for name, kind in self.architectures.items() if kind == head)
@@ -319,17 +327,20 @@ class Layout:
                 raise self._misfit(path, wanted.get(path), got.get(path))
         return config
 
-    def _parts(self, holder: Any, *families: str, where: str = "") -> list[tuple[str, str]]:
-        return [(f"{where}{family}", getattr(holder, family).kind) for family in families]
-
-    def _layer_parts(self, spec: TransformerSpec) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
-        for layer in (*spec.plan("encoder"), *spec.plan("decoder")):
-            found += self._parts(layer, "attention", "position", "ffn", "residual", "norm", "linear", "block")
-        return found
+    def _check_kinds(self, spec: TransformerSpec) -> None:
+        sides = tuple(side for side, depth in zip(("encoder", "decoder"), spec.depths, strict=True) if depth)
+        if sides != self.sides:
+            raise self._misfit("an", " and ".join(sides), " and ".join(self.sides))
+        allowed = {**_PLAIN, **self.kinds, "head": tuple(self.architectures.values())}
+        layers = (*spec.plan("encoder"), *spec.plan("decoder"))
+        for family, kinds in allowed.items():
+            holders = layers if family in LayerSpec.model_fields else (spec,)
+            for kind in (getattr(holder, family).kind for holder in holders):
+                if kind not in kinds:
+                    raise self._misfit(family, kind, " or ".join(dict.fromkeys(kinds)))
 
     def _misfit(self, path: str, wanted: Any, got: Any) -> TorchstoneError:
-        return TorchstoneError(f"the {self.model_type} layout has no place for {path} {wanted!r}; it takes {got}")
+        return TorchstoneError(f"the {self.model_type} layout has no place for {path} {wanted}; it takes {got}")
 
     # -- tensors
 

@@ -120,7 +120,9 @@ class Context:
         """The context of a named child: its taps and its dropout have names of their own."""
         if self.taps is None and self.key is None:
             return self
-        scope = f"{self.scope}.{name}" if self.scope else name
+        scope = ""  # without listeners it stays empty: compiled code would be made anew for every layer's name
+        if self.taps is not None:
+            scope = f"{self.scope}.{name}" if self.scope else name
         key = None if self.key is None else noise.mix(self.key, _code(name))
         return replace(self, scope=scope, key=key)
 

@@ -43,8 +43,9 @@ class YarnSpec(ScalingSpec):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, turned - 1)
         at = torch.arange(turned // 2, device=frequencies.device, dtype=frequencies.dtype)
-        divided = ((at - low) / max(high - low, 1e-3)).clamp(0, 1)
+        kept = 1 - ((at - low) / max(high - low, 1e-3)).clamp(0, 1)
         size = self.temperature
         if size is None:
             size = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return frequencies * (1 - divided) + frequencies / self.factor * divided, size
+        # kept is rounded before 1 - kept, as in published code: far out, one bit of a frequency is a visible angle
+        return frequencies * kept + frequencies / self.factor * (1 - kept), size

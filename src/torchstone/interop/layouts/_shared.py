@@ -1,0 +1,145 @@
+"""What several layouts spell alike: activations, gates, rotary positions, the body of a Llama."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torchstone.errors import TorchstoneError
+from torchstone.interop.layout import Config, Model
+
+__all__ = ["ACTIVATIONS", "GATES", "activation_name", "gate_name", "rotary", "rotary_config"]
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Their name -> ours. The first of several is the one that is written."""
+
+GATES: dict[str, dict[str, Any]] = {
+    "silu": {"kind": "swiglu"},
+    "swish": {"kind": "swiglu"},
+    "gelu": {"kind": "geglu", "activation": "gelu"},
+    "gelu_new": {"kind": "geglu", "activation": "gelu_tanh"},
+    "gelu_pytorch_tanh": {"kind": "geglu", "activation": "gelu_tanh"},
+}
+"""Their name of a gate's activation -> our gated feed-forward."""
+
+
+def activation_name(ours: str) -> str:
+    """Their name of our activation."""
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+
+
+def gate_name(ffn: Any) -> str:
+    """Their name of the activation of our gated feed-forward."""
+    activation = getattr(ffn, "activation", None)
+    return next(
+        theirs for theirs, gate in GATES.items() if gate["kind"] == ffn.kind and gate.get("activation") == activation
+    )
+
+
+def rotary(config: Config) -> dict[str, Any]:
+    """The rotary position of a config: `rope_parameters`, or before version 5 `rope_theta` and `rope_scaling`.
+
+    Raises:
+        TorchstoneError: a scaling that the backbone has not.
+    """
+    given = Config(config.model_type, config.get("rope_parameters", None) or config.get("rope_scaling", {}))
+    given.only("partial_rotary_factor", 1.0)
+    config.only("partial_rotary_factor", 1.0)
+    base = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = given.get("rope_type", given.get("type", "default"))
+    make = {"default": lambda *_: None, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    if kind not in make:
+        raise TorchstoneError(
+            f"{config.model_type} config: rope_type {kind!r} is not supported; supported: {', '.join(make)}"
+        )
+    scaling = make[kind](given, config)
+    return {"kind": "rotary", "base": float(base)} | ({} if scaling is None else {"scaling": scaling})
+
+
+def _linear(given: Config, config: Config) -> dict[str, Any]:
+    return {"kind": "linear", "factor": given.need("factor")}
+
+
+def _llama3(given: Config, config: Config) -> dict[str, Any]:
+    return {
+        "kind": "llama3",
+        "factor": given.need("factor"),
+        "low": given.need("low_freq_factor"),
+        "high": given.need("high_freq_factor"),
+        "original": _original(given, config),
+    }
+
+
+def _yarn(given: Config, config: Config) -> dict[str, Any]:
+    original = _original(given, config)
+    factor = given.get("factor", config.need("max_position_embeddings") / original)
+
+    def temperature(times: float) -> float:
+        return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    size, above, below = (given.get(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if size is None and above and below:
+        size = temperature(above) / temperature(below)
+    return {
+        "kind": "yarn",
+        "factor": factor,
+        "original": original,
+        "fast": given.get("beta_fast", 32) or 32,
+        "slow": given.get("beta_slow", 1) or 1,
+        "temperature": size,
+        "truncate": given.get("truncate", True),
+    }
+
+
+def _original(given: Config, config: Config) -> int:
+    key = "original_max_position_embeddings"
+    return config.get(key, given.get(key, config.need("max_position_embeddings")))
+
+
+def rotary_config(model: Model, position: Any) -> dict[str, Any]:
+    """The config of a rotary position, for readers of version 5 and for those before.
+
+    Raises:
+        TorchstoneError: a scaling that the layouts have not.
+    """
+    scaling = position.scaling
+    if scaling is None:
+        own: dict[str, Any] = {}
+    elif scaling.kind == "linear":
+        own = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling.kind == "llama3":
+        own = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original,
+        }
+    elif scaling.kind == "yarn":
+        own = {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original,
+            "beta_fast": scaling.fast,
+            "beta_slow": scaling.slow,
+            "truncate": scaling.truncate,
+        }
+        if scaling.temperature is not None:
+            own["attention_factor"] = scaling.temperature
+    else:
+        raise TorchstoneError(
+            f"rotary scaling {scaling.kind} has no place in published layouts; they take linear, llama3 or yarn"
+        )
+    return {
+        "rope_parameters": {"rope_type": "default", **own, "rope_theta": position.base},
+        "rope_theta": position.base,
+        "rope_scaling": own or None,
+    }

@@ -1,0 +1,33 @@
+"""Whether `torch.compile` can build code on this machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["compiler_works"]
+
+
+@functools.cache
+def compiler_works() -> str | None:
+    """None if a C++ compiler works, else why not, for a line that says that compiling steps aside.
+
+    Looks at ``CXX`` first, as Inductor does, and compiles one line to be sure.
+    """
+    wanted = os.environ.get("CXX")
+    command = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if command is None:
+        return f"no C++ compiler at CXX={wanted}" if wanted else "no C++ compiler (g++ or clang++) on this machine"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <cmath>\nextern \"C\" double probe(double x) { return std::sqrt(x); }\n")
+        try:
+            result = subprocess.run([command, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
+                                    capture_output=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C++ compiler {command} does not run ({error})"
+    return None if result.returncode == 0 else f"the C++ compiler {command} cannot build a shared library"

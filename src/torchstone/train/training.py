@@ -1,0 +1,195 @@
+"""`train`: a recipe becomes a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchstone.data import Tokenizer
+from torchstone.errors import TorchstoneError
+from torchstone.files import read_json
+from torchstone.model.measure import measure
+from torchstone.model.transformer import TransformerSpec
+from torchstone.objectives import Facts
+from torchstone.ops.compiler import compiler_works
+from torchstone.recipe import Recipe, load_recipe
+from torchstone.spec import Changes
+from torchstone.train.checkpoint import load_tensors
+from torchstone.train.engine import Source, Trainer
+from torchstone.train.environment import BITWISE, choose_device, choose_threads, environment
+from torchstone.train.mesh import Mesh, build_mesh
+from torchstone.train.progress import plot_curve
+from torchstone.train.run import RunFolder, build_model, load_weights
+
+__all__ = ["MAY_CHANGE", "train"]
+
+MAY_CHANGE = ("trainer.log_every", "trainer.save_every", "trainer.keep_last", "trainer.keep_best", "trainer.device",
+              "trainer.threads", "trainer.compile", "trainer.tensorboard", "trainer.steps", "evaluate.")
+"""Fields in which a resumed recipe may differ from the run's."""
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    overrides: Iterable[str | Mapping[str, Any]] = (),
+    *,
+    out: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+) -> RunFolder:
+    """Train a recipe into a run directory.
+
+    Args:
+        recipe: a recipe, a built-in name, a YAML file or plain data.
+        overrides: ``field.sub=value`` strings or nested mappings.
+        out: the run directory; it must not hold a run, unless resuming.
+        resume: go on from the newest checkpoint of `out`, bit for bit; start if there is none.
+        quiet: no progress on stderr.
+
+    Raises:
+        TorchstoneError: bad input, said in a sentence before anything is written; or a training that went wrong.
+        Stopped: a signal came, and a checkpoint was written.
+    """
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    folder, changes = RunFolder(out), Changes()
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides, changes)
+    elif overrides := list(overrides):
+        recipe = load_recipe(recipe.dump(), overrides, changes)
+    for line in changes.lines:
+        say(line)
+    going_on = resume and folder.exists()
+    if not going_on:
+        folder.check_free()
+    threads = choose_threads(recipe.trainer.threads)
+    torch.set_num_threads(threads)
+    device = choose_device(recipe.trainer.device)
+    mesh = build_mesh(recipe.parallel, device)
+    prepared = recipe.data.prepare(say if mesh.first else None)
+    say(prepared.description)
+    recipe = _resolve(recipe, prepared, threads)
+    objective = recipe.objective.build(_facts(prepared.tokenizer))
+    checkpoint = None
+    if going_on:
+        _check_resume(recipe, folder, prepared.hash)
+        checkpoint = folder.checkpoints().load()
+    model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
+    if checkpoint is None and recipe.init_from is not None:
+        source = RunFolder(recipe.init_from).require()
+        load_weights(model, load_tensors(source.path / "model.safetensors"), source.path)
+    block = getattr(recipe.data, "block", 1)
+    costs = measure(model, block)
+    compiled = _compile(model, recipe, costs.flops_per_token, say)
+    facts = environment(device, threads, compiled, mesh.ranks) | {"corpus": prepared.hash}
+    recorder = _tensorboard(recipe, folder) if mesh.first else None
+    trainer = Trainer(
+        model, objective, Source(prepared.train, prepared.valid, prepared.test), recipe.optimizer, recipe.schedule,
+        recipe.trainer, recipe.evaluate, device, mesh, folder,
+        {"recipe": recipe.hash(), "format_version": 1}, costs.flops_per_token, quiet, recorder)
+    if going_on:
+        _warn_bitwise(folder, facts, say)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if mesh.first:
+            folder.trim_metrics(trainer.step)
+            folder.begin(recipe, prepared.tokenizer, facts)
+        trainer.rows = folder.metrics()
+        if checkpoint is not None and trainer.step >= recipe.trainer.steps:
+            say(f"{folder.path}: finished at step {trainer.step}; nothing left to train")
+        else:
+            say(f"{folder.path}: going on from step {trainer.step}")
+    elif mesh.first:
+        folder.begin(recipe, prepared.tokenizer, facts)
+    mesh.barrier()
+    say(f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
+        f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} x {block} tokens on {device.type}, "
+        f"{threads} threads, {recipe.trainer.precision}, compile {compiled}")
+    try:
+        trainer.fit()
+    finally:
+        if mesh.first and trainer.rows:
+            plot_curve(folder.metrics(), folder.path / "plots" / "learning_curve.png", folder.path.name)
+        if recorder is not None:
+            recorder.close()
+    return folder
+
+
+def _rows(recipe: Recipe, mesh: Mesh) -> int:
+    return recipe.trainer.batch * recipe.trainer.accumulate * mesh.ranks
+
+
+def _facts(tokenizer: Tokenizer | None) -> Facts:
+    if tokenizer is None:
+        return Facts()
+    return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator)
+
+
+def _resolve(recipe: Recipe, prepared: Any, threads: int) -> Recipe:
+    """The recipe with what the data and the machine decide filled in."""
+    patch: dict[str, Any] = {"trainer": {"threads": threads}}
+    if isinstance(recipe.model, TransformerSpec):
+        model: dict[str, Any] = {}
+        if recipe.model.vocabulary is None and prepared.tokenizer is not None:
+            model["vocabulary"] = prepared.tokenizer.vocabulary
+        if recipe.model.context is None:
+            model["context"] = recipe.data.block  # type: ignore[attr-defined]
+        patch["model"] = model
+        vocabulary = recipe.model.vocabulary
+        if vocabulary is not None and prepared.tokenizer is not None and vocabulary < prepared.tokenizer.vocabulary:
+            raise TorchstoneError(f"model.vocabulary: {vocabulary} is fewer than the tokenizer's {prepared.tokenizer.vocabulary}")
+    return recipe.override(patch)
+
+
+def _check_resume(recipe: Recipe, folder: RunFolder, corpus: str) -> None:
+    """Refuse to go on with another training.
+
+    Raises:
+        TorchstoneError: names the fields that differ, or says that the corpus does.
+    """
+    differ = [field for field in recipe.differences(folder.recipe) if not field.startswith(MAY_CHANGE)]
+    if differ:
+        raise TorchstoneError(f"{folder.path}: --resume needs the run's own recipe; different: {'; '.join(differ[:5])}")
+    before = read_json(folder.path / "environment.json").get("corpus")
+    if before is not None and before != corpus:
+        raise TorchstoneError(f"{folder.path}: the corpus changed since the run began ({before[:12]} then, {corpus[:12]} now)")
+
+
+def _warn_bitwise(folder: RunFolder, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    before = read_json(folder.path / "environment.json")
+    differ = [f"{name} {before.get(name)} -> {facts.get(name)}" for name in BITWISE if before.get(name) != facts.get(name)]
+    if differ:
+        say(f"resuming elsewhere ({', '.join(differ)}): losses will agree closely, not bit for bit")
+
+
+def _compile(model: nn.Module, recipe: Recipe, flops: float, say: Callable[[str], None]) -> str:
+    """Compile each block in place if the recipe and its shapes ask for it: "on" or "off", for the record."""
+    trainer = recipe.trainer
+    if trainer.compile == "off":
+        return "off"
+    if trainer.compile == "auto":
+        tokens = trainer.steps * trainer.batch * trainer.accumulate * getattr(recipe.data, "block", 1)
+        if tokens * flops < 2e15:  # what compiling costs is won back only by a training of some size
+            return "off"
+    reason = compiler_works()
+    if reason is not None:
+        say(f"torch.compile steps aside: {reason}")
+        return "off"
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    blocks = [layer for stack in getattr(model, "stacks", {}).values() for layer in stack.layers]
+    for block in blocks or [model]:
+        block.compile()
+    return "on"
+
+
+def _tensorboard(recipe: Recipe, folder: RunFolder) -> Any:
+    if not recipe.trainer.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TorchstoneError("trainer.tensorboard: needs the extra `track`: pip install 'torchstone[track]'") from None
+    return SummaryWriter(str(folder.path / "tensorboard"))

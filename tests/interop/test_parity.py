@@ -1,0 +1,365 @@
+"""Random-weight models built by `transformers` load into ours and agree: hidden states after every layer, logits, greedy
+tokens; with padding left and right and rows of several lengths; and go back exactly."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from torchstone.interop.layout import Layout, find_layout, load_state
+from torchstone.model.taps import Taps
+from torchstone.model.tokens import Tokens
+from torchstone.model.transformer import Transformer, TransformerSpec
+from torchstone.spec import validate
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5
+"""Largest difference over largest value, in float32. Ten times less than what is promised: a wrong eps shows."""
+PAD = 0
+LENGTHS = (9, 4, 13, 1)
+EMBEDDINGS = ("embeddings", "embed_tokens", "wte", "wpe", "shared")
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 3e-5,
+}
+QWEN3 = {**LLAMA, "num_hidden_layers": 4, "head_dim": 14, "rms_norm_eps": 1e-6}
+GPT2 = {"vocab_size": 53, "n_positions": 40, "n_embd": 36, "n_layer": 3, "n_head": 3}
+BERT = {
+    "vocab_size": 67,
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 40,
+}
+T5 = {
+    "vocab_size": 59,
+    "d_model": 36,
+    "d_kv": 7,
+    "d_ff": 50,
+    # generate of transformers 5.24 makes a cache for as many layers as the encoder has: the decoder must not have more
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+}
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of theirs: its class and what its config says. `own_head`: give the head a matrix of its own after."""
+
+    name: str
+    cls: str
+    config: dict[str, Any]
+    own_head: bool = False
+    model_type: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_type", self.name.partition("-")[0])
+
+
+CASES = [
+    Case("llama-grouped", "LlamaForCausalLM", LLAMA),
+    Case("llama-tied", "LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    Case("llama-multi_query-biases", "LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 1, "attention_bias": True,
+                                                         "mlp_bias": True, "head_dim": 6, "hidden_act": "gelu"}),
+    Case("llama-yarn", "LlamaForCausalLM", LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    Case("llama-yarn_as_deepseek_has_it", "LlamaForCausalLM",
+         LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5,
+                       mscale=0.7, mscale_all_dim=1.2, truncate=False)),
+    Case("llama-yarn_with_attention_factor", "LlamaForCausalLM",
+         LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.3)),
+    Case("llama-linear", "LlamaForCausalLM", LLAMA | _rope("linear", factor=3.0)),
+    Case("llama-llama3", "LlamaForCausalLM",
+         {**LLAMA, "head_dim": 16} | _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                           original_max_position_embeddings=16, rope_theta=500.0)),
+    Case("qwen3-wide_heads", "Qwen3ForCausalLM", QWEN3),
+    Case("qwen3-tied-biases", "Qwen3ForCausalLM", {**QWEN3, "tie_word_embeddings": True, "attention_bias": True}),
+    Case("qwen3-some_windows", "Qwen3ForCausalLM",
+         {**QWEN3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    Case("qwen3-all_windows", "Qwen3ForCausalLM",
+         {**QWEN3, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
+    Case("gpt2-tied", "GPT2LMHeadModel", GPT2),
+    Case("gpt2-untied-unscaled", "GPT2LMHeadModel",
+         {**GPT2, "tie_word_embeddings": False, "n_inner": 41, "scale_attn_weights": False,
+          "activation_function": "relu", "layer_norm_epsilon": 1e-3}),
+    Case("bert-masked_lm", "BertForMaskedLM", BERT),
+    Case("bert-masked_lm-untied", "BertForMaskedLM",
+         {**BERT, "tie_word_embeddings": False, "type_vocab_size": 3, "hidden_act": "gelu_new"}),
+    Case("bert-classification", "BertForSequenceClassification", {**BERT, "num_labels": 5}),
+    Case("t5-relu-tied", "T5ForConditionalGeneration", T5),
+    Case("t5-gated_gelu-untied", "T5ForConditionalGeneration",
+         {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, own_head=True),
+    Case("t5-gated_silu-tied-unscaled", "T5ForConditionalGeneration",
+         {**T5, "feed_forward_proj": "gated-silu", "tie_word_embeddings": False}),
+]  # fmt: skip
+DECODERS = [case for case in CASES if case.model_type in ("llama", "qwen3", "gpt2")]
+
+
+@dataclass
+class Pair:
+    """The same model, theirs and ours."""
+
+    case: Case
+    layout: Layout
+    config: dict[str, Any]
+    theirs: Any
+    spec: TransformerSpec
+    ours: Transformer
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.theirs.state_dict()
+
+
+_MADE: dict[str, Pair] = {}
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Pair:
+    case: Case = request.param
+    if case.name not in _MADE:
+        _MADE[case.name] = _pair(case)
+    return _MADE[case.name]
+
+
+def _pair(case: Case) -> Pair:
+    cls = getattr(transformers, case.cls)
+    # a copy: transformers writes into the dictionaries that it is given
+    config = cls.config_class(**copy.deepcopy(case.config), attn_implementation="eager", bos_token_id=None,
+                              eos_token_id=None, pad_token_id=PAD)  # fmt: skip
+    theirs = cls(config).eval()
+    if case.own_head:
+        theirs.lm_head.weight = nn.Parameter(torch.empty_like(theirs.lm_head.weight))
+    _randomise(theirs)
+    values = {**json.loads(config.to_json_string()), "architectures": [case.cls]}
+    layout = find_layout(case.model_type)
+    state = theirs.state_dict()
+    spec = validate(TransformerSpec, layout.to_spec(values, {name: tensor.shape for name, tensor in state.items()}))
+    with torch.device("meta"):
+        ours = spec.build()
+    load_state(ours, layout.to_ours(state, spec))
+    return Pair(case, layout, values, theirs, spec, ours.eval())
+
+
+def _randomise(model: nn.Module) -> None:
+    """Every parameter away from the zeros and ones that models start with, and heads sure of what they say."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
+            else:
+                # small embeddings, or a tied head says again what it was told
+                parameter.copy_(noise * (0.1 if name.rpartition(".")[0].endswith(EMBEDDINGS) else 0.2))
+
+
+def cases(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("pair", cases, ids=lambda case: case.name, indirect=True)
+
+
+def padded(vocabulary: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, T) and valid (B, T): rows of `LENGTHS`, padded on `side`; the rows are the same for both sides."""
+    T = max(LENGTHS)
+    ids, valid = torch.full((len(LENGTHS), T), PAD), torch.zeros(len(LENGTHS), T, dtype=torch.bool)
+    for row, length in enumerate(LENGTHS):
+        at = slice(T - length, T) if side == "left" else slice(0, length)
+        generator = torch.Generator().manual_seed(row)
+        ids[row, at] = torch.randint(1, vocabulary, (length,), generator=generator)
+        valid[row, at] = True
+    return ids, valid
+
+
+def their_positions(valid: torch.Tensor) -> torch.Tensor:
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor | None = None) -> float:
+    """Largest difference over the largest value, on valid positions."""
+    if valid is not None:
+        a, b = a[valid], b[valid]
+    assert a.shape == b.shape and torch.isfinite(a).all() and torch.isfinite(b).all()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def same_layers(
+    taps: Taps, side: str, hidden: tuple[torch.Tensor, ...], valid: torch.Tensor
+) -> Iterator[tuple[str, float]]:
+    """Theirs gives the embedding, then the stream after every layer but the last, then the last through the norm."""
+    depth = len(hidden) - 1
+    names = [f"{side}.embedding", *(f"{side}.layers.{i}.x" for i in range(depth - 1)), f"{side}.norm"]
+    for name, theirs in zip(names, hidden, strict=True):
+        yield name, difference(taps.seen[name], theirs, valid)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@cases(CASES)
+@torch.no_grad()
+def test_hidden_states_after_every_layer_and_logits_agree(pair: Pair, side: str) -> None:
+    ids, valid = padded(pair.spec.vocabulary or 0, side)
+    taps = Taps(record=["*.embedding", "*.layers.*.x", "*.norm"])
+    last: list[torch.Tensor] = []
+    hook = _last_layer(pair.theirs).register_forward_hook(
+        lambda _m, _i, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    arguments: dict[str, Any] = {"attention_mask": valid.long(), "output_hidden_states": True}
+    if pair.case.model_type == "t5":
+        decoded, decoded_valid = padded(pair.spec.vocabulary or 0, "left" if side == "right" else "right")
+        decoded, decoded_valid = decoded.flip(0), decoded_valid.flip(0)
+        theirs = pair.theirs(ids, **arguments, decoder_input_ids=decoded, decoder_attention_mask=decoded_valid.long())
+        out = pair.ours(Tokens.of(decoded, valid=decoded_valid), memory=Tokens.of(ids, valid=valid), taps=taps)
+        found = dict(same_layers(taps, "encoder", theirs.encoder_hidden_states, valid))
+        found |= dict(same_layers(taps, "decoder", theirs.decoder_hidden_states, decoded_valid))
+        valid, stream = decoded_valid, "decoder"
+    else:
+        segment = None
+        if pair.case.model_type == "bert":
+            segment = torch.arange(ids.shape[1]).expand_as(ids) % pair.config["type_vocab_size"]
+            arguments["token_type_ids"] = segment
+        theirs = pair.theirs(ids, **arguments, position_ids=their_positions(valid))
+        out = pair.ours(Tokens.of(ids, valid=valid, segment=segment), taps=taps)
+        stream = "encoder" if segment is not None else "decoder"
+        found = dict(same_layers(taps, stream, theirs.hidden_states, valid))
+    hook.remove()
+    depth = len(pair.ours.stacks[stream].layers)
+    found["last layer"] = difference(taps.seen[f"{stream}.layers.{depth - 1}.x"], last[0], valid)
+    if pair.case.cls == "BertForSequenceClassification" and side == "left":
+        # theirs pools the first column, padding or not; each row alone has none
+        rows = [
+            pair.theirs(ids[row][ok][None], token_type_ids=arguments["token_type_ids"][row][ok][None]).logits
+            for row, ok in enumerate(valid)
+        ]
+        found["logits"] = difference(out.logits, torch.cat(rows))
+    else:
+        everywhere = None if out.logits.dim() == 2 else valid
+        found["logits"] = difference(out.logits, theirs.logits, everywhere)
+    print("WORST", pair.case.name, side, max(found.values()))
+    assert max(found.values()) < TOLERANCE, found
+
+
+def _last_layer(model: nn.Module) -> nn.Module:
+    """Their last layer, whatever the layout calls it."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [found for found in lists if type(found[-1]).__name__.endswith(("Block", "Layer"))]
+    stacks = [found for found in stacks if "DecoderLayer" in type(found[-1]).__name__ or len(found) > 1]
+    return [found for found in stacks if not type(found[0]).__name__.startswith("T5Layer")][-1][-1]
+
+
+@cases(DECODERS)
+@torch.no_grad()
+def test_greedy_decoding_with_a_cache_equals_generate(pair: Pair) -> None:
+    steps, V = 12, pair.spec.vocabulary or 0
+    left, left_valid = padded(V, "left")
+    theirs = pair.theirs.generate(left, attention_mask=left_valid.long(), generation_config=_greedy(steps))
+    right, right_valid = padded(V, "right")
+    state = pair.ours.state(len(LENGTHS), max(LENGTHS) + steps)
+    assert torch.equal(_decode(pair.ours, Tokens.of(right, valid=right_valid), steps, state), theirs[:, left.shape[1] :])
+
+
+@cases([case for case in CASES if case.model_type == "t5"])
+@torch.no_grad()
+def test_greedy_decoding_of_an_encoder_decoder_equals_generate(pair: Pair) -> None:
+    steps = 14
+    ids, valid = padded(pair.spec.vocabulary or 0, "right")
+    theirs = pair.theirs.generate(ids, attention_mask=valid.long(), generation_config=_greedy(steps))
+    start = torch.full((len(LENGTHS), 1), PAD)
+    state = pair.ours.state(len(LENGTHS), steps + 1)
+    ours = _decode(pair.ours, Tokens.of(start), steps, state, memory=Tokens.of(ids, valid=valid))
+    assert torch.equal(ours, theirs[:, 1:])
+
+
+def _greedy(steps: int) -> Any:
+    return transformers.GenerationConfig(
+        max_new_tokens=steps, do_sample=False, pad_token_id=PAD, eos_token_id=None, decoder_start_token_id=PAD
+    )
+
+
+def _decode(model: Transformer, tokens: Tokens, steps: int, state: Any, memory: Tokens | None = None) -> torch.Tensor:
+    """Greedy continuations (B, steps)."""
+    chosen = []
+    for _ in range(steps):
+        out = model(tokens, state=state, outputs="last", memory=memory)
+        assert out.logits is not None
+        chosen.append(out.logits[:, -1].argmax(-1))
+        tokens, memory = Tokens.of(chosen[-1][:, None]), None
+    assert len({tuple(column.tolist()) for column in chosen}) > 2, "the model repeats itself: the test would see little"
+    return torch.stack(chosen, 1)
+
+
+@cases(CASES)
+def test_there_and_back_is_exact(pair: Pair) -> None:
+    ours = dict(pair.ours.named_parameters())
+    theirs = pair.layout.to_theirs(ours, pair.spec)
+    for name, tensor in theirs.items():
+        assert tensor.is_contiguous() and torch.equal(tensor, pair.state[name]) or name == "cls.predictions.bias", name
+    again = pair.layout.to_ours(theirs, pair.spec)
+    assert again.keys() == ours.keys()
+    for name, tensor in again.items():
+        assert torch.equal(tensor, ours[name]), name
+    config = pair.layout.to_config(pair.spec)
+    assert config["architectures"] == [pair.case.cls]
+    assert pair.layout.to_config(validate(TransformerSpec, pair.layout.to_spec(config))) == config
+
+
+@cases(CASES)
+@torch.no_grad()
+def test_what_is_written_reloads_in_transformers_with_equal_logits(
+    pair: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    written = pair.layout.to_theirs(dict(pair.ours.named_parameters()), pair.spec)
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(pair.layout.to_config(pair.spec)))
+    capfd.readouterr()
+    again, report = getattr(transformers, pair.case.cls).from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    said = capfd.readouterr()
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    if not pair.case.own_head:  # theirs complains of every published T5 1.1, for it has no config for one
+        assert not [line for line in (said.out + said.err).splitlines() if line.startswith("[transformers]")], said
+    ids, valid = padded(pair.spec.vocabulary or 0, "right")
+    arguments: dict[str, Any] = {"attention_mask": valid.long()}
+    if pair.case.model_type == "t5":
+        arguments["decoder_input_ids"] = ids.flip(0)
+    assert torch.equal(again.eval()(ids, **arguments).logits, pair.theirs(ids, **arguments).logits)
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}, {"rope_type": "llama3", "factor": 4.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "finetuned": True}])  # fmt: skip
+def test_configs_of_earlier_versions_mean_the_same(scaling: dict[str, Any] | None) -> None:
+    layout = find_layout("llama")
+    before = {"rope_theta": 5000.0, "rope_scaling": scaling}
+    after = {**(scaling or {}), "rope_theta": 5000.0}
+    after["rope_type"] = after.pop("type", after.get("rope_type", "default"))
+    assert layout.to_spec(LLAMA | before) == layout.to_spec(LLAMA | {"rope_parameters": after})
+
+
+def test_a_published_t5_config_says_by_tying_whether_states_are_scaled() -> None:
+    layout = find_layout("t5")
+    assert layout.to_spec(T5)["head"] == {"kind": "lm", "tied": True, "scale": True}
+    assert layout.to_spec({**T5, "tie_word_embeddings": False})["head"] == {"kind": "lm", "tied": False, "scale": False}
