@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -119,6 +119,14 @@ class PartSpec(Spec):
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.family} kind {cls.kind!r} is defined twice: {known.__module__} and {cls.__module__}")
         _KINDS[cls.family][cls.kind] = cls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_kind(cls, value: Any) -> Any:
+        """What `dump` wrote may come back, its kind included."""
+        if isinstance(value, Mapping) and value.get("kind") == cls.kind and cls.kind:
+            return {name: item for name, item in value.items() if name != "kind"}
+        return value
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:

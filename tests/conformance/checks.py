@@ -126,7 +126,7 @@ def memory_padding(case: Case) -> None:
 
 def decoding(case: Case) -> None:
     """Prompts of different lengths padded on the right, then token by token, equal one forward of each row."""
-    model, memory, prompts, steps = case.model(), with_memory(case, 3), (5, 1, 3), 7
+    model, memory, prompts, steps = case.model(), with_memory(case, 3), (9, 1, 5), 7
     ids = drawn_ids(3, max(prompts) + steps)
     whole = model(ids, **memory).hidden
     valid = torch.arange(max(prompts))[None] < torch.tensor(prompts)[:, None]

@@ -10,15 +10,24 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conformance.cases import Case, singles
+from conformance.cases import FORMS, Case, axes, singles
 from conformance.checks import drawn_ids, inputs, loss_of, same, with_memory
 from torchstone.keys import Key
+from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
+from torchstone.spec import kinds
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
-LAYERED = ("form", "attention", "position", "ffn", "residual", "norm", "block", "linear", "stack")
 SINGLES = [case for case in singles() if case.chosen["embedding"] == "token" and case.chosen["head"] == "lm"]
+
+
+def usual_first(cases: list[Case]) -> list[Any]:
+    """The cases, those of variants marked slow: CI runs each kind by its defaults, and a window."""
+    fast = {name for axis in axes() for name in ([*FORMS] if axis == "form" else kinds(axis))} | {"softmax_window"}
+    return [
+        pytest.param(case, id=str(case), marks=() if set(case.choice) <= fast else pytest.mark.slow) for case in cases
+    ]
 
 
 @pytest.fixture
@@ -84,7 +93,7 @@ def graphs(case: Case, depth: int, training: bool = True, **arguments: Any) -> i
     return counter.frame_count
 
 
-@pytest.mark.parametrize("case", [c for c in SINGLES if c.form != "encoder_decoder"], ids=str)
+@pytest.mark.parametrize("case", usual_first([c for c in SINGLES if c.form != "encoder_decoder"]))
 def test_graphs_do_not_grow_with_depth(case: Case) -> None:
     assert graphs(case, 4) == graphs(case, 16) <= 2
 
@@ -112,24 +121,13 @@ def test_graphs_do_not_grow_from_4_to_64_layers() -> None:
     assert graphs(Case.of(), 4) == graphs(Case.of(), 64) == 1
 
 
-DECODERS = [
-    case
-    for case in SINGLES
-    if case.decodes and {"attention", "position", "form", "block"} & {
-        axis for axis, value in case.chosen.items() if value != Case.of().chosen[axis]
-    } or case == Case.of()
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", DECODERS, ids=str)
+@pytest.mark.parametrize("case", usual_first([case for case in SINGLES if case.decodes]))
 def test_64_decode_steps_compile_nothing_after_the_second(case: Case) -> None:
     counter = CompileCounterWithBackend("eager")
     model = compiled(case.model(depth=2, context=128), counter)
     ids, memory, prompts = drawn_ids(2, 5 + 64), with_memory(case), torch.tensor([5, 2])
     valid = torch.arange(5)[None] < prompts[:, None]
     with torch.no_grad():
-        from torchstone.model.tokens import Tokens
-
         state = model.state(2, 80, static=True)
         model(Tokens.of(ids[:, :5], valid=valid), state=state, **memory)
         for step in range(64):

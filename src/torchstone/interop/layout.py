@@ -167,7 +167,7 @@ class Config:
             TorchstoneError: it has nothing for it.
         """
         value = self.get(key, default)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise TorchstoneError(
                 f"{self.model_type} config: {key} {value!r} is not supported{nearest(value, allowed)}; "
                 f"supported: {', '.join(allowed)}"
@@ -359,8 +359,8 @@ class Layout:
                 raise TorchstoneError(f"the {self.model_type} layout has no place for the parameter {name}")
             rule, theirs = found
             shape = tuple(parameter.shape)
-            # a fused projection knows its slices; whatever else has one counterpart
-            sizes = shape[:1] if len(theirs) == 1 else model.get_submodule(name.rpartition(".")[0]).slices
+            holder: Any = model.get_submodule(name.rpartition(".")[0])
+            sizes = shape[:1] if len(theirs) == 1 else holder.slices  # a fused projection knows its slices
             steps.append(Step(name, shape, theirs, sizes, rule.transform))
         return steps
 
@@ -489,8 +489,8 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor] | Iterable[
     meta device gets memory of its own.
 
     Raises:
-        TorchstoneError: missing, surplus and mis-shaped tensors, all by name in one sentence. From a mapping nothing has
-            changed then; from an iterable, whose names are not known before, the model is part old and part new.
+        TorchstoneError: missing, surplus and mis-shaped tensors, all by name in one sentence. From a mapping nothing
+            has changed then; from an iterable, whose names are not known before, the model is part old and part new.
     """
     wanted = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}

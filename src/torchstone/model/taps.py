@@ -19,6 +19,17 @@ from torchstone.errors import TorchstoneError
 __all__ = ["Taps"]
 
 
+_FITTING: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _fitting(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The patterns that `name` fits, found once. A constant to compiled code, which cannot trace `fnmatch`."""
+    if (patterns, name) not in _FITTING:
+        _FITTING[patterns, name] = tuple(p for p in patterns if p == name or fnmatchcase(name, p))
+    return _FITTING[patterns, name]
+
+
 class Taps:
     """What to record and what to replace in one forward.
 
@@ -38,17 +49,14 @@ class Taps:
         self.replace = dict(replace or {})
         self.detach = detach
         self.seen: dict[str, torch.Tensor] = {}
-        self._matched: dict[str, tuple[bool, tuple[str, ...]]] = {}
         self._used: set[str] = set()
 
     def match(self, name: str) -> tuple[bool, tuple[str, ...]]:
-        """Whether `name` is recorded, and the patterns that replace it. Cached: patterns are matched once a name."""
-        if name not in self._matched:
-            recorded = tuple(p for p in self.record if p == name or fnmatchcase(name, p))
-            replaced = tuple(p for p in self.replace if p == name or fnmatchcase(name, p))
-            self._used.update(recorded, replaced)
-            self._matched[name] = (bool(recorded), replaced)
-        return self._matched[name]
+        """Whether `name` is recorded, and the patterns that replace it."""
+        recorded, replaced = _fitting(self.record, name), _fitting(tuple(self.replace), name)
+        for pattern in (*recorded, *replaced):
+            self._used.add(pattern)
+        return bool(recorded), replaced
 
     def hears(self, name: str) -> bool:
         """Whether anyone records or replaces `name`."""

@@ -20,6 +20,10 @@ class TokenizerSpec(PartSpec):
     family: ClassVar[str] = "tokenizer"
     default_kind: ClassVar[str] = "bpe"
 
+    def size(self) -> int | None:
+        """Number of ids, where it is known before any text is read."""
+        return None
+
     def load(self, documents: Callable[[], Iterator[str]], content_hash: str, cache: Cache) -> Tokenizer:
         """The tokenizer, trained if the kind learns from text.
 

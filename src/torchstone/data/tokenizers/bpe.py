@@ -29,6 +29,9 @@ class BpeSpec(TokenizerSpec):
     vocabulary: int = Field(4096, ge=259, le=1_000_000)
     """Tokens in all, with 256 bytes and 3 special tokens. A corpus with too few repeated pairs yields fewer."""
 
+    def size(self) -> int:
+        return self.vocabulary
+
     def load(self, documents: Callable[[], Iterator[str]], content_hash: str, cache: Cache) -> Tokenizer:
         from torchstone.data.hashing import digest
         from torchstone.data.tokenizer import SPECIAL, Tokenizer, byte_level

@@ -17,6 +17,9 @@ __all__ = ["BytesSpec"]
 class BytesSpec(TokenizerSpec):
     """UTF-8 bytes: ids 0 to 255 are byte values, followed by the separator, mask and padding tokens (259 ids)."""
 
+    def size(self) -> int:
+        return 259
+
     def load(self, documents: Callable[[], Iterator[str]], content_hash: str, cache: Cache) -> Tokenizer:
         from torchstone.data.tokenizer import BYTE_CHARACTERS, byte_level
 

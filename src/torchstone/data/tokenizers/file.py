@@ -26,6 +26,11 @@ class FileSpec(TokenizerSpec):
     path: str = Field(min_length=1)
     """The file or the folder."""
 
+    def size(self) -> int:
+        from torchstone.data.tokenizer import Tokenizer
+
+        return Tokenizer.load(Path(self.path)).vocabulary
+
     def load(self, documents: Callable[[], Iterator[str]], content_hash: str, cache: Cache) -> Tokenizer:
         from torchstone.data.tokenizer import Tokenizer
 

@@ -1,12 +1,13 @@
-"""What several layouts spell alike: activations, gates, rotary positions, the body of a Llama."""
+"""What several layouts spell alike: activations, gates, rotary positions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torchstone.errors import TorchstoneError
-from torchstone.interop.layout import Config, Model
+from torchstone.interop.layout import Config
 
 __all__ = ["ACTIVATIONS", "GATES", "activation_name", "gate_name", "rotary", "rotary_config"]
 
@@ -50,18 +51,21 @@ def rotary(config: Config) -> dict[str, Any]:
     Raises:
         TorchstoneError: a scaling that the backbone has not.
     """
-    given = Config(config.model_type, config.get("rope_parameters", None) or config.get("rope_scaling", {}))
+    values = config.get("rope_parameters", None) or config.get("rope_scaling", {})
+    if not isinstance(values, Mapping):
+        raise TorchstoneError(f"{config.model_type} config: rope_parameters needs a mapping, got {values!r:.60}")
+    given = Config(config.model_type, values)
     given.only("partial_rotary_factor", 1.0)
     config.only("partial_rotary_factor", 1.0)
     base = given.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = given.get("rope_type", given.get("type", "default"))
-    make = {"default": lambda *_: None, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-    if kind not in make:
+    if kind != "default" and kind not in _SCALINGS:
         raise TorchstoneError(
-            f"{config.model_type} config: rope_type {kind!r} is not supported; supported: {', '.join(make)}"
+            f"{config.model_type} config: rope_type {kind!r} is not supported; supported: default, "
+            f"{', '.join(_SCALINGS)}"
         )
-    scaling = make[kind](given, config)
-    return {"kind": "rotary", "base": float(base)} | ({} if scaling is None else {"scaling": scaling})
+    scaling = {} if kind == "default" else {"scaling": _SCALINGS[kind](given, config)}
+    return {"kind": "rotary", "base": float(base), **scaling}
 
 
 def _linear(given: Config, config: Config) -> dict[str, Any]:
@@ -92,8 +96,8 @@ def _yarn(given: Config, config: Config) -> dict[str, Any]:
         "kind": "yarn",
         "factor": factor,
         "original": original,
-        "fast": given.get("beta_fast", 32) or 32,
-        "slow": given.get("beta_slow", 1) or 1,
+        "fast": given.get("beta_fast", 32),
+        "slow": given.get("beta_slow", 1),
         "temperature": size,
         "truncate": given.get("truncate", True),
     }
@@ -104,7 +108,10 @@ def _original(given: Config, config: Config) -> int:
     return config.get(key, given.get(key, config.need("max_position_embeddings")))
 
 
-def rotary_config(model: Model, position: Any) -> dict[str, Any]:
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+def rotary_config(position: Any) -> dict[str, Any]:
     """The config of a rotary position, for readers of version 5 and for those before.
 
     Raises:

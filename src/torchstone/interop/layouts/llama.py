@@ -90,7 +90,7 @@ def body_config(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": head.tied,
         "bos_token_id": None,
         "eos_token_id": None,
-        **rotary_config(model, layer.position),
+        **rotary_config(layer.position),
     }
 
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama's decoder with a norm per head on queries and keys, heads of any size, and sliding windows in some layers
+"""Qwen3: Llama's decoder with a norm per head on queries and keys, heads of any size, and windows in some layers
 (Yang et al. 2025, arXiv 2505.09388)."""
 
 from __future__ import annotations

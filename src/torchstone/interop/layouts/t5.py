@@ -1,4 +1,4 @@
-"""T5: pre-norm encoder-decoder with relative bias, unscaled attention and no biases (Raffel et al. 2019, arXiv 1910.10683).
+"""T5: pre-norm encoder-decoder with relative bias, unscaled attention and no biases (Raffel et al. 2019, 1910.10683).
 
 Version 1.0 has relu and one matrix for embedding and head, before which hidden states are scaled by 1 / sqrt(width);
 version 1.1 has gated tanh-gelu and a head of its own, not scaled. A published config says only whether the matrix is
@@ -98,7 +98,9 @@ def _config(model: Model) -> dict[str, Any]:
     head: Any = model.spec.head
     ffn = layer.ffn
     if head.scale and not head.tied:
-        raise TorchstoneError("the t5 layout has no place for head.scale where head.tied is false; it takes a tied head")
+        raise TorchstoneError(
+            "the t5 layout has no place for head.scale where head.tied is false; it takes a tied head"
+        )
     gated = {"swiglu": "gated-silu", "geglu": "gated-gelu"}
     return {
         "vocab_size": model.spec.vocabulary,

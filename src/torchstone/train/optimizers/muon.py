@@ -99,9 +99,9 @@ class Muon(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        (beta1, beta2), step = self.spec.betas, state["step"].item()
+        (beta1, beta2), step = self.spec.betas, state["step"]
         state["exp_avg"].lerp_(grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(self.spec.eps)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**step))
+        parameter.sub_(state["exp_avg"] / root * (group["lr"] / (1 - beta1**step)))

@@ -1,0 +1,130 @@
+"""The Python interface: what the command line calls, and what a notebook starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchstone.errors import TorchstoneError
+from torchstone.model import ModelSpec
+from torchstone.model.measure import measure
+from torchstone.recipe import Recipe, load_recipe
+from torchstone.spec import Part, PartSpec, Spec, resolve, validate
+from torchstone.train.run import RunFolder, build_model
+from torchstone.train.training import train as _train
+
+if TYPE_CHECKING:
+    from torchstone.generate import Completion
+
+__all__ = ["Run", "build", "inspect", "load", "train"]
+
+
+class Run(RunFolder):
+    """A finished or interrupted training: its files, its model, its text."""
+
+    def generate(self, prompts: str | Sequence[str], *, device: str = "cpu", precision: str = "fp32",
+                 compile: str = "auto", **sampling: Any) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: one or several texts.
+            device, precision, compile: where and how the model runs.
+            sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...).
+
+        Raises:
+            TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet.
+        """
+        from torchstone.generate import Engine, Sampling
+
+        options = validate(Sampling, sampling, "sampling")
+        engine = Engine.of_run(self, device=device, precision=precision, compile=compile)
+        return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
+
+
+def load(path: str | Path) -> Run:
+    """The run in a directory.
+
+    Raises:
+        TorchstoneError: there is none.
+    """
+    run = Run(path)
+    run.require()
+    return run
+
+
+def train(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = (), *,
+          out: str | Path, resume: bool = False, quiet: bool = False) -> Run:
+    """Train a recipe into a run directory; see `torchstone.train.training.train`."""
+    return Run(_train(recipe, overrides, out=out, resume=resume, quiet=quiet).path)
+
+
+class _Holder(Spec):
+    model: Part[ModelSpec]
+
+
+def build(spec: PartSpec | str | Mapping[str, Any], *, width: int | None = None, seed: int = 0,
+          device: str = "cpu", **more: Any) -> nn.Module:
+    """A module from a spec, initialised.
+
+    ``build(SoftmaxSpec(heads=4), width=64, position="rotary")`` is a part for somebody else's model, from (B, T, D) to
+    (B, T, D); ``build({"width": 64, "vocabulary": 256})`` is a whole model; ``build("ffn.swiglu", width=64)`` names a
+    kind, and `more` sets its fields.
+
+    Raises:
+        TorchstoneError: unknown kind or field, or sizes that do not go together.
+    """
+    from torchstone.model.alone import alone
+
+    if isinstance(spec, str):
+        family, _, kind = spec.partition(".")
+        cls = resolve(family, kind)
+        fields = {name: more.pop(name) for name in list(more) if name in cls.model_fields}
+        if family == "model" and width is not None:
+            fields["width"] = width
+        spec = validate(cls, fields, spec)
+    elif isinstance(spec, Mapping):
+        spec = validate(_Holder, {"model": spec}).model
+    if isinstance(spec, ModelSpec):
+        return build_model(spec, seed, device)
+    if width is None:
+        raise TorchstoneError(f"build: a part of family {spec.family} needs width=")
+    return alone(spec, width, seed=seed, **more).to(device)
+
+
+def inspect(what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Counts of a recipe or a run, on the meta device: parameters, state, arithmetic, memory to train.
+
+    Raises:
+        TorchstoneError: neither a run nor a recipe.
+    """
+    recipe = _recipe_of(what, overrides)
+    spec = recipe.model
+    with torch.device("meta"):
+        model = spec.build()
+    context = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
+    counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
+    from torchstone.train.memory import training_memory
+
+    memory = training_memory(recipe)
+    return {"model": spec.kind, **asdict(counts), "training_bytes": {**asdict(memory), "peak": memory.peak}}
+
+
+def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
+    if isinstance(what, str | Path) and Path(what).is_dir():
+        recipe = RunFolder(what).require().recipe
+        return load_recipe(recipe.dump(), overrides)
+    recipe = what if isinstance(what, Recipe) else load_recipe(what, overrides)
+    patch: dict[str, Any] = {}
+    if getattr(recipe.model, "vocabulary", 0) is None:
+        size = getattr(getattr(recipe.data, "tokenizer", None), "size", lambda: None)()
+        if size is None:
+            raise TorchstoneError("model.vocabulary: is not known before the tokenizer is; set it")
+        patch["vocabulary"] = size
+    if getattr(recipe.model, "context", 0) is None:
+        patch["context"] = getattr(recipe.data, "block", 1024)
+    return recipe.override({"model": patch}) if patch else recipe

@@ -1,0 +1,192 @@
+"""The verbs. Each imports what it needs when it runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Torchstone: Transformer methods as parts that combine, and claims that run.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their schema.")
+app.add_typer(recipe_app, name="recipe")
+
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from torchstone import __version__
+
+        print(f"torchstone {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe (quickstart) or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="The run directory.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    device: Annotated[Optional[str], typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train a recipe into a run directory."""
+    from torchstone.errors import TorchstoneError
+    from torchstone.train import train as run_training
+
+    if out is None:
+        raise TorchstoneError("train: needs --out, the directory of the run")
+    if device is not None:
+        overrides = [*(overrides or []), f"trainer.device={device}"]
+    folder = run_training(recipe, overrides or [], out=out, resume=resume, quiet=quiet)
+    print(folder.path)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    prompt: Annotated[Optional[list[str]], typer.Option("--prompt", help="Text to continue; may be given several times. "
+                                                        "Without it, standard input or nothing.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[Optional[int], typer.Option(help="Keep the k best tokens.")] = None,
+    top_p: Annotated[Optional[float], typer.Option(help="Keep the best tokens that hold this probability.")] = None,
+    min_p: Annotated[Optional[float], typer.Option(help="Drop tokens below this share of the best one's.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
+    stop: Annotated[Optional[list[str]], typer.Option("--stop", help="End before this text; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    compile: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write text with a trained model: the text on stdout, all else on stderr."""
+    from torchstone.api import load
+    from torchstone.generate import Engine, Sampling
+    from torchstone.spec import validate
+
+    prompts = list(prompt) if prompt else ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()]
+    options = validate(Sampling, {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed}, "generate")
+    engine = Engine.of_run(load(run), device=device, precision=precision, compile=compile)
+    if as_json:
+        _print_json([{"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish}
+                     for text, done in zip(prompts, engine.generate(prompts, options), strict=True)])
+    elif len(prompts) == 1:
+        if echo:
+            print(prompts[0], end="", flush=True)
+        for event in engine.stream(prompts, options):
+            print(event.text, end="", flush=True)
+        print()
+    else:
+        for text, done in zip(prompts, engine.generate(prompts, options), strict=True):
+            print((text if echo else "") + done.text)
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="A built-in recipe, a YAML file or a run directory.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count parameters, decode state, arithmetic and training memory, without making the model."""
+    from torchstone.api import inspect as count
+
+    result = count(what, overrides or [])
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            for part, size in value.items():
+                shown = "unknown" if size is None else f"{size / 2**20:,.1f} MiB"
+                print(f"{name}.{part:<12} {shown}")
+        else:
+            shown = f"{value:,.0f}" if isinstance(value, int | float) else value
+            print(f"{name:<24} {shown}")
+
+
+@app.command()
+def parts(
+    family: Annotated[Optional[str], typer.Argument(help="Only this family.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the parts: fields, defaults, bounds, what each is, its paper."""
+    from torchstone.cli.catalogue import catalogue
+
+    entries = catalogue(family)
+    if as_json:
+        _print_json(entries)
+        return
+    for entry in entries:
+        paper = f"  [{entry['paper']}]" if entry["paper"] else ""
+        print(f"{entry['family']}.{entry['kind']}: {entry['summary']}{paper}")
+        for name, field in entry["fields"].items():
+            bounds = f", {field['bounds']}" if field["bounds"] else ""
+            print(f"    {name} ({field['type']}, default {field['default']}{bounds}): {field['description']}")
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the whole recipe with its defaults filled in."""
+    from torchstone.recipe import load_recipe
+    from torchstone.spec import Changes
+
+    changes = Changes()
+    resolved = load_recipe(recipe, overrides or [], changes)
+    for line in changes.lines:
+        print(line, file=sys.stderr)
+    if as_json:
+        _print_json(resolved.dump())
+    else:
+        print(resolved.yaml(), end="")
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, with every kind of every family."""
+    from torchstone.recipe import Recipe
+    from torchstone.spec import json_schema
+
+    _print_json(json_schema(Recipe))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is here: versions, devices, threads, compiler, and what is missing for which extra."""
+    from torchstone.cli.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+        return
+    for name, value in report.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for part, state in value.items():
+                print(f"    {part:<14} {state}")
+        else:
+            print(f"{name:<12} {value}")

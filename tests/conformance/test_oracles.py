@@ -1,0 +1,531 @@
+"""Every kind against an independent definition of a few lines: what consistency checks cannot see.
+
+`ORACLES` has one function per kind; a kind without one fails a test. Definitions are loops over plain numbers, written
+from the papers, not from the modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conformance.cases import FAMILIES, Case
+from conformance.checks import drawn_ids, same
+from conformance.variants import variants
+from torchstone.keys import Key
+from torchstone.model.attention import AttentionSpec
+from torchstone.model.attention.softmax import SoftmaxSpec
+from torchstone.model.context import Context, Memory
+from torchstone.model.position import Positions
+from torchstone.model.site import Site, initialise
+from torchstone.model.stack import LayerSpec
+from torchstone.model.tokens import Tokens
+from torchstone.spec import PartSpec, kinds, resolve, validate
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Oracle = Callable[[], None]
+ORACLES: dict[tuple[str, str], Oracle] = {}
+
+
+def oracle(family: str, kind: str) -> Callable[[Oracle], Oracle]:
+    def add(function: Oracle) -> Oracle:
+        ORACLES[family, kind] = function
+        return function
+
+    return add
+
+
+def every(family: str) -> list[tuple[str, str]]:
+    return [(family, kind) for kind in kinds(family)]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [pair for family in (*FAMILIES, "scaling") for pair in every(family)]
+)
+def test_kind_agrees_with_its_independent_definition(family: str, kind: str) -> None:
+    assert (family, kind) in ORACLES, f"{family} {kind} has no oracle in {__file__}"
+    ORACLES[family, kind]()
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=Key(seed).fold("oracle", *shape).generator(), dtype=torch.float64)
+
+
+def ready(module: nn.Module, seed: int = 0) -> Any:
+    """The module with parameters far from their usual start."""
+    initialise(module, seed)
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            parameter.add_(0.3 * drawn(*parameter.shape, seed=number + 1))
+    return module
+
+
+def specs(family: str, kind: str) -> list[Any]:
+    """Every variant of a kind, as specs."""
+    found = []
+    for fields in variants(family).values():
+        body = dict(fields)
+        if body.pop("kind") == kind:
+            found.append(validate(resolve(family, kind), body))
+    return found
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    return x.detach().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+def normed(spec: PartSpec, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None = None) -> np.ndarray:
+    """RMS or layer norm of one vector."""
+    eps = spec.eps
+    y = x / math.sqrt((x**2).mean() + eps) if spec.kind == "rmsnorm" else (x - x.mean()) / math.sqrt(x.var() + eps)
+    return y * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+
+def softmax_by_hand(
+    spec: Any, module: Any, x_TD: np.ndarray, memory_SD: np.ndarray | None, seen: Callable[[int, int], bool]
+) -> np.ndarray:
+    """Softmax attention of one sequence, query by query and head by head; eq. 1 of Vaswani et al. 2017."""
+    H, G = spec.heads, spec.kv_heads or spec.heads
+    K = spec.head_dim or x_TD.shape[1] // H
+    state = {name: array(value) for name, value in module.state_dict().items()}
+    if memory_SD is None:
+        source, W, b = x_TD, list(state["qkv.weight"]), state.get("qkv.bias", np.zeros(H * K + 2 * G * K))
+    else:
+        source, W = memory_SD, [*state["q.weight"], *state["kv.weight"]]
+        b = np.concatenate([state.get("q.bias", np.zeros(H * K)), state.get("kv.bias", np.zeros(2 * G * K))])
+    out = np.zeros((len(x_TD), H * K))
+    for t, h in product(range(len(x_TD)), range(H)):
+        g = h // (H // G)
+        q_rows = slice(h * K, (h + 1) * K)
+        k_rows, v_rows = (slice(H * K + (i * G + g) * K, H * K + (i * G + g + 1) * K) for i in (0, 1))
+        q = np.array(W[q_rows]) @ x_TD[t] + b[q_rows]
+        if spec.qk_norm:
+            q = normed(module.q_norm.oracle, q, state.get("q_norm.weight"), state.get("q_norm.bias"))
+        scores, values = [], []
+        for s in range(len(source)):
+            if not seen(t, s):
+                continue
+            k = np.array(W[k_rows]) @ source[s] + b[k_rows]
+            if spec.qk_norm:
+                k = normed(module.k_norm.oracle, k, state.get("k_norm.weight"), state.get("k_norm.bias"))
+            score = (spec.scale or 1 / math.sqrt(K)) * (q @ k)
+            scores.append(spec.softcap * math.tanh(score / spec.softcap) if spec.softcap else score)
+            values.append(np.array(W[v_rows]) @ source[s] + b[v_rows])
+        e = np.exp(np.array(scores) - max(scores))
+        out[t, h * K : (h + 1) * K] = (e / e.sum()) @ np.array(values)
+    return out @ state["out.weight"].T + state.get("out.bias", 0)
+
+
+def softmax_agrees_with_its_definition(spec: Any) -> None:
+    for norm in ("rmsnorm", "layernorm"):
+        norm_spec = resolve("norm", norm)()
+        for causal, crossed in ((True, False), (False, False), (False, True)):
+            site = Site(width=32, norm_spec=norm_spec, memory_width=24 if crossed else None)
+            module = ready(spec.build(site))
+            if spec.qk_norm:
+                module.q_norm.oracle = module.k_norm.oracle = norm_spec
+            x, memory = drawn(1, 11, 32), drawn(1, 7, 24) if crossed else None
+            ctx = Context.alone(x, causal=causal)
+            if memory is not None:
+                ctx = replace(ctx, memory=Memory(memory, Tokens.blank(7)))
+            window = math.inf if crossed or spec.window is None else spec.window
+
+            def seen(t: int, s: int, causal: bool = causal, window: float = window) -> bool:
+                return abs(t - s) < window and (s <= t or not causal)
+
+            by_hand = softmax_by_hand(spec, module, array(x[0]), None if memory is None else array(memory[0]), seen)
+            same(module(x, ctx)[0][0], torch.from_numpy(by_hand), f"{spec}, causal={causal}, memory={crossed}")
+
+
+@oracle("attention", "softmax")
+def _() -> None:
+    for spec in specs("attention", "softmax"):
+        softmax_agrees_with_its_definition(spec.model_copy(update={"heads": 4}))
+
+
+def reach(spec: AttentionSpec, t: int, length: int, causal: bool) -> set[int]:
+    """The inputs that output `t` depends on, as the kind declares it: a window, or all."""
+    window = getattr(spec, "window", None) or length
+    return set(range(max(0, t - window + 1), t + 1 if causal else min(length, t + window)))
+
+
+@pytest.mark.parametrize("name", variants("attention"))
+def test_gradient_reaches_exactly_the_declared_inputs(name: str) -> None:
+    fields = dict(variants("attention")[name])
+    spec = validate(resolve("attention", fields.pop("kind")), {"heads": 4, **fields})
+    for causal in (True,) if spec.causal_only else (True, False):
+        module = ready(spec.build(Site(width=32, causal=causal)))
+        x = drawn(1, 13, 32).requires_grad_()
+        y = module(x, Context.alone(x, causal=causal))[0]
+        for t in range(13):
+            (grad,) = torch.autograd.grad(y[0, t].square().sum(), x, retain_graph=True)
+            assert set(grad[0].abs().amax(-1).nonzero().flatten().tolist()) == reach(spec, t, 13, causal)
+
+
+# ------------------------------------------------------------------------------------------------------- position
+
+
+def rotated_by_hand(spec: Any, x: np.ndarray, t: int, frequencies: list[float], size: float) -> np.ndarray:
+    """One head's vector at position `t` as complex numbers times e^(i t f)."""
+    R = 2 * len(frequencies)
+    turn = np.exp(1j * t * np.array(frequencies))
+    first, second = (slice(0, R, 2), slice(1, R, 2)) if spec.interleaved else (slice(0, R // 2), slice(R // 2, R))
+    z = (x[first] + 1j * x[second]) * turn * size
+    out = x.copy()
+    out[first], out[second] = z.real, z.imag
+    return out
+
+
+def rotary_agrees(spec: Any, frequencies: list[float], size: float, dim: int = 8) -> None:
+    rotation = spec.build(dim, 4, 32, 64, True).rotation(torch.tensor([[0, 3, 50]]))
+    x = drawn(1, 2, 3, dim)
+    wanted = x.clone()
+    for h, (i, t) in product(range(2), enumerate((0, 3, 50))):
+        wanted[0, h, i] = torch.from_numpy(rotated_by_hand(spec, array(x[0, h, i]), t, frequencies, size))
+    same(rotation.q(x), wanted, f"queries of {spec}")
+    same(rotation.k(x), wanted, f"keys of {spec}")
+
+
+@oracle("position", "rotary")
+def _() -> None:
+    for spec in specs("position", "rotary"):
+        if spec.scaling is None:
+            R = int(8 * spec.fraction)
+            rotary_agrees(spec, [spec.base ** (-2 * i / R) for i in range(R // 2)], 1.0)
+
+
+def scaled(kind: str, frequencies: Callable[[float, int, int], float], size: float = 1.0, **fields: Any) -> None:
+    """Rotary of 32 channels whose channel i has frequency ``frequencies(f, i, R)`` instead of f."""
+    R = 32
+    spec = validate(resolve("position", "rotary"), {"scaling": {"kind": kind, **fields}})
+    rotary_agrees(spec, [frequencies(10000 ** (-2 * i / R), i, R) for i in range(R // 2)], size, dim=R)
+
+
+@oracle("scaling", "linear")
+def _() -> None:
+    scaled("linear", lambda f, i, R: f / 4, factor=4.0)
+
+
+@oracle("scaling", "ntk")
+def _() -> None:
+    scaled("ntk", lambda f, i, R: f / 4 ** (2 * i / (R - 2)), factor=4.0)  # the last divided by 4, the first kept
+
+
+@oracle("scaling", "llama3")
+def _() -> None:
+    def new(f: float, i: int, R: int) -> float:  # the published reference code, in wavelengths
+        wavelength, low, high = 2 * math.pi / f, 1.0, 4.0
+        if wavelength < 512 / high:
+            return f
+        if wavelength > 512 / low:
+            return f / 4
+        smooth = (512 / wavelength - low) / (high - low)
+        return (1 - smooth) * f / 4 + smooth * f
+
+    scaled("llama3", new, factor=4.0, original=512)
+
+
+@oracle("scaling", "yarn")
+def _() -> None:
+    def ends(low: float, high: float) -> Callable[[float, int, int], float]:
+        def new(f: float, i: int, R: int) -> float:
+            ramp = min(1.0, max(0.0, (i - low) / (high - low)))
+            return f / 4 * ramp + f * (1 - ramp)
+
+        return new
+
+    # channel i turns 512 f_i / 2 pi times: 32 times at 1.62, once at 7.64 (base 10000, R 32)
+    at = [32 * math.log(512 / (turns * 2 * math.pi)) / (2 * math.log(10000)) for turns in (32, 1)]
+    assert [round(value, 2) for value in at] == [1.62, 7.64]
+    size = 0.1 * math.log(4) + 1
+    scaled("yarn", ends(1, 8), size, factor=4.0, original=512)
+    scaled("yarn", ends(*at), size, factor=4.0, original=512, truncate=False)
+    scaled("yarn", ends(1, 8), 1.0, factor=4.0, original=512, temperature=1.0)
+
+
+@oracle("position", "alibi")
+def _() -> None:
+    tokens = Tokens(torch.arange(6)[None])
+    for heads, slopes in ((4, [1 / 4, 1 / 16, 1 / 64, 1 / 256]), (3, [1 / 16, 1 / 256, 1 / 4]), (1, [1 / 256])):
+        bias = resolve("position", "alibi")().build(8, heads, 32, 64, True).bias(tokens, tokens)
+        wanted = [[[-slope * abs(t - s) for s in range(6)] for t in range(6)] for slope in slopes]
+        same(bias[0], torch.tensor(wanted), f"{heads} heads")
+
+
+@oracle("position", "t5")
+def _() -> None:
+    def bucket(ahead: int, causal: bool, buckets: int, far: int) -> int:
+        """Raffel et al. 2019 and its published code: half exact, half logarithmic up to `far`."""
+        first = 0
+        if not causal:
+            buckets //= 2
+            first = buckets if ahead > 0 else 0
+        distance = max(0, -ahead) if causal else abs(ahead)
+        exact = buckets // 2
+        if distance < exact:
+            return first + distance
+        grown = exact + int(math.log(distance / exact) / math.log(far / exact) * (buckets - exact) + 1e-9)
+        return first + min(buckets - 1, grown)
+
+    q, k = Tokens(torch.tensor([[0, 40, 200]])), Tokens(torch.arange(230)[None])
+    for spec, causal in product(specs("position", "t5"), (True, False)):
+        module = ready(spec.build(8, 4, 32, 64, causal))
+        bias = module.bias(q, k)
+        for (i, t), s in product(enumerate((0, 40, 200)), range(230)):
+            wanted = module.weight[bucket(s - t, causal, spec.buckets, spec.far)]
+            same(bias[0, :, i, s], wanted, f"query {t}, key {s}, {spec}, causal={causal}")
+
+
+@oracle("position", "learned")
+def _() -> None:
+    module = ready(resolve("position", "learned")().build(8, 4, 32, 64, True))
+    same(module.embed(torch.tensor([[5, 0, 63]])), module.weight[[5, 0, 63]][None])
+    assert module.limit == 64
+
+
+@oracle("position", "sinusoidal")
+def _() -> None:
+    for width, scale in ((8, 1.0), (7, 0.02)):
+        module = resolve("position", "sinusoidal")(scale=scale).build(8, 4, width, 64, True)
+        wanted = [
+            [
+                scale * (math.sin if j % 2 == 0 else math.cos)(t / 10000 ** ((j - j % 2) / width))
+                for j in range(width)
+            ]
+            for t in (0, 1, 700)
+        ]
+        same(module.embed(torch.tensor([[0, 1, 700]]))[0], torch.tensor(wanted), f"width {width}")
+
+
+@oracle("position", "none")
+def _() -> None:
+    module, tokens = resolve("position", "none")().build(8, 4, 32, 64, True), Tokens.blank(3)
+    assert module.rotation(tokens.where) is module.bias(tokens, tokens) is module.embed(tokens.where) is None
+
+
+# -------------------------------------------------------------------------------- feed-forward, norm, linear
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+    "silu": lambda x: x / (1 + math.exp(-x)),
+}
+
+
+def mapped(name: str, x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([ACTIVATIONS[name](value) for value in x.flatten().tolist()]).view(x.shape)
+
+
+@oracle("ffn", "mlp")
+def _() -> None:
+    for activation, bias in product(ACTIVATIONS, (True, False)):
+        m = ready(resolve("ffn", "mlp")(activation=activation, bias=bias, hidden=20).build(Site(width=32)))
+        x = drawn(2, 3, 32)
+        b1, b2 = (m.up.bias, m.down.bias) if bias else (0, 0)
+        same(m(x)[0], mapped(activation, x @ m.up.weight.T + b1) @ m.down.weight.T + b2, activation)
+    assert resolve("ffn", "mlp")().build(Site(width=32)).up.weight.shape == (128, 32)
+
+
+def gated(kind: str, act: str, **fields: Any) -> None:
+    for bias in (True, False):
+        m = ready(resolve("ffn", kind)(bias=bias, hidden=20, **fields).build(Site(width=32)))
+        x, state = drawn(2, 3, 32), m.state_dict()
+        gate, up = state["gate_up.weight"].split(20)
+        bg, bu = state["gate_up.bias"].split(20) if bias else (0, 0)
+        hidden = mapped(act, x @ gate.T + bg) * (x @ up.T + bu)
+        same(m(x)[0], hidden @ m.down.weight.T + (m.down.bias if bias else 0), kind)
+
+
+@oracle("ffn", "swiglu")
+def _() -> None:
+    gated("swiglu", "silu")
+
+
+@oracle("ffn", "geglu")
+def _() -> None:
+    gated("geglu", "gelu")
+    gated("geglu", "gelu_tanh", activation="gelu_tanh")
+
+
+def norms(kind: str) -> None:
+    for spec in (*specs("norm", kind), resolve("norm", kind)(eps=0.1)):
+        m, x = ready(spec.build(9)), drawn(2, 3, 9) * 3 + 1
+        state = {name: array(value) for name, value in m.state_dict().items()}
+        for b, t in product(range(2), range(3)):
+            wanted = normed(spec, array(x[b, t]), state.get("weight"), state.get("bias"))
+            same(m(x)[b, t], torch.from_numpy(wanted), str(spec))
+
+
+@oracle("norm", "rmsnorm")
+def _() -> None:
+    norms("rmsnorm")
+
+
+@oracle("norm", "layernorm")
+def _() -> None:
+    norms("layernorm")
+
+
+@oracle("linear", "dense")
+def _() -> None:
+    m, x = ready(Site(width=32).linear(32, (5, 7), ("up", "gate"), bias=True)), drawn(2, 3, 32)
+    same(m(x), torch.einsum("bti,oi->bto", x, m.weight) + m.bias)
+
+
+# --------------------------------------------------------------------------- residual, block, stack, embedding, head
+
+
+def joined(kind: str, rule: Callable[[torch.Tensor, Callable[..., torch.Tensor], Any], torch.Tensor]) -> Any:
+    """A residual's read, sublayer, write against its formula, with a sublayer that is no identity."""
+    site = Site(width=32)
+    m, x = ready(resolve("residual", kind)().build(site)), drawn(2, 3, 32)
+    sublayer = lambda h: torch.sin(3 * h)  # noqa: E731
+    same(m.write(x, sublayer(m.read(x)), Context.alone(x)), rule(x, sublayer, m), kind)
+    return resolve("residual", kind)().final_norm(site)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+@oracle("residual", "pre")
+def _() -> None:
+    assert not isinstance(joined("pre", lambda x, f, m: x + f(rms(x, m.norm.weight))), nn.Identity)
+
+
+@oracle("residual", "post")
+def _() -> None:
+    assert isinstance(joined("post", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
+
+
+@oracle("residual", "sandwich")
+def _() -> None:
+    def rule(x: torch.Tensor, f: Any, m: Any) -> torch.Tensor:
+        return x + rms(f(rms(x, m.norm.weight)), m.norm_out.weight)
+
+    assert not isinstance(joined("sandwich", rule), nn.Identity)
+
+
+def block(kind: str, memory: bool) -> tuple[Any, torch.Tensor, Context]:
+    """A block of that kind over softmax without position, an input and a context."""
+    layer = LayerSpec(block={"kind": kind}, attention={"kind": "softmax", "heads": 4}, position={"kind": "none"})
+    m = ready(layer.block.build(layer, Site(width=32), 32 if memory else None))
+    x = drawn(2, 5, 32)
+    return m, x, replace(Context.alone(x), memory=Memory(drawn(2, 4, 32), Tokens.blank(4)) if memory else None)
+
+
+@oracle("block", "sequential")
+def _() -> None:
+    for memory in (False, True):
+        m, x, ctx = block("sequential", memory)
+        y = x + m.attention(m.attention_residual.norm(x), ctx)[0]
+        if memory:
+            y = y + m.cross(m.cross_residual.norm(y), ctx)[0]
+        y = y + m.ffn(m.ffn_residual.norm(y))[0]
+        same(m(x, ctx)[0], y, f"memory={memory}")
+
+
+@oracle("block", "attention_only")
+def _() -> None:
+    for memory in (False, True):
+        m, x, ctx = block("attention_only", memory)
+        y = x + m.attention(m.attention_residual.norm(x), ctx)[0]
+        if memory:
+            y = y + m.cross(m.cross_residual.norm(y), ctx)[0]
+        same(m(x, ctx)[0], y, f"memory={memory}")
+
+
+@oracle("block", "parallel")
+def _() -> None:
+    m, x, ctx = block("parallel", False)
+    h = m.residual.norm(x)
+    same(m(x, ctx)[0], x + m.attention(h, ctx)[0] + m.ffn(h)[0])
+
+
+@oracle("stack", "plain")
+def _() -> None:
+    model, ids = Case.of(position="learned").model(depth=3), drawn_ids(2, 6)
+    x = model.embedding.weight[ids] + model.decoder.positions["learned"].weight[:6]
+    for layer in model.decoder.layers:
+        x = layer(x, Context.alone(x))[0]
+    same(model(ids).hidden, rms(x, model.decoder.norm.weight))
+
+
+@oracle("embedding", "token")
+def _() -> None:
+    ids, segment = drawn_ids(2, 6), drawn_ids(2, 6, seed=1) % 2
+    for spec in (*specs("embedding", "token"), resolve("embedding", "token")(scale=True, types=2, norm="rmsnorm")):
+        m, added = ready(spec.build(Site(width=32), 61)), drawn(1, 6, 32)
+        wanted = m.weight[ids] * (math.sqrt(32) if spec.scale else 1) + added
+        wanted = wanted + (m.types.weight[segment] if spec.types else 0)
+        if spec.norm is not None:
+            state = {name: array(value) for name, value in m.norm.state_dict().items()}
+            rows = [normed(spec.norm, row, state.get("weight"), state.get("bias")) for row in array(wanted).reshape(-1, 32)]
+            wanted = torch.tensor(np.array(rows)).view(2, 6, 32)
+        same(m(ids, Tokens.of(ids, segment=segment), added, Context.alone(added)), wanted, str(spec))
+
+
+@oracle("embedding", "patch")
+def _() -> None:
+    for spec in specs("embedding", "patch"):
+        m, pixels = ready(spec.build(Site(width=32), None)), drawn(2, 2, 8, 8)
+        rows = [[] if not spec.class_token else [m.class_token] for _ in range(2)]
+        for b, i, j in product(range(2), range(4), range(4)):  # eq. 1 of Dosovitskiy et al. 2020, in reading order
+            patch = torch.stack([
+                pixels[b, c, 2 * i + di, 2 * j + dj] for c, di, dj in product(range(2), range(2), range(2))
+            ])  # fmt: skip
+            rows[b].append(m.project.weight @ patch + m.project.bias)
+        wanted = torch.stack([torch.stack(row) for row in rows])
+        tokens = m.tokens(pixels)
+        same(m(pixels, tokens, None, Context.alone(wanted)), wanted, str(spec))
+
+
+@oracle("head", "lm")
+def _() -> None:
+    h, table = drawn(2, 3, 32), drawn(61, 32)
+    for tied, bias, scale, cap in product((True, False), (True, False), (True, False), (None, 2.0)):
+        spec = resolve("head", "lm")(tied=tied, bias=bias and not tied, scale=scale, softcap=cap)
+        m = ready(spec.build(Site(width=32), 61))
+        z = h * (1 / math.sqrt(32) if scale else 1) @ (table if tied else m.out.weight).T
+        z = z + (m.out.bias if spec.bias else 0)
+        same(m(h, Tokens.blank(3), table), z if cap is None else cap * torch.tanh(z / cap), str(spec))
+
+
+@oracle("head", "mlm")
+def _() -> None:
+    h, table = drawn(2, 3, 32), drawn(61, 32)
+    for tied in (True, False):
+        m = ready(resolve("head", "mlm")(tied=tied).build(Site(width=32), 61))
+        y = rms(mapped("gelu", h @ m.transform.weight.T + m.transform.bias), m.norm.weight)
+        same(m(h, Tokens.blank(3), table), y @ (table if tied else m.out.weight).T + m.bias, f"tied={tied}")
+
+
+@oracle("head", "classification")
+def _() -> None:
+    h, valid = drawn(2, 4, 32), torch.tensor([[False, True, True, True], [True, True, False, False]])
+    for pool, pooler, padded in product(("first", "last", "mean"), (True, False), (True, False)):
+        m = ready(resolve("head", "classification")(pool=pool, pooler=pooler, classes=3).build(Site(width=32), None))
+        rows = [h[0, 1:], h[1, :2]] if padded else [h[0], h[1]]
+        y = torch.stack([{"first": row[0], "last": row[-1], "mean": row.mean(0)}[pool] for row in rows])
+        y = torch.tanh(y @ m.pooler.weight.T + m.pooler.bias) if pooler else y
+        logits = m(h, Tokens.blank(4, valid=valid if padded else None), None)
+        same(logits, y @ m.out.weight.T + m.out.bias, f"{pool}, padded={padded}")
+
+
+def test_softmax_defaults_are_those_of_the_paper() -> None:
+    assert SoftmaxSpec().scale is None and SoftmaxSpec().softcap is None and SoftmaxSpec().window is None
