@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
-import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,31 +15,18 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch in this process, where it is not yet imported
 
 
-@functools.cache
-def no_compiler() -> str:
-    """Why Inductor cannot compile for the CPU here; empty if it can."""
-    named = os.environ.get("CXX")
-    found = [name for name in ([named] if named else ["g++", "clang++"]) if shutil.which(name)]
-    if not found:
-        return f"no C++ compiler: CXX={named} does not exist" if named else "no C++ compiler: neither g++ nor clang++"
-    import torch
-
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(3))
-    except Exception as error:
-        return f"{found[0]} does not compile for torch: {str(error).splitlines()[0][:120]}"
-    return ""
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("compiler") and (reason := no_compiler()):
-        pytest.skip(reason)
+    if item.get_closest_marker("compiler"):
+        from torchstone.ops.compiler import compiler_works
+
+        if reason := compiler_works():
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
-    torch = __import__("sys").modules.get("torch")
+    torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
         torch.manual_seed(0)

@@ -78,8 +78,9 @@ class TrainerSpec(Spec):
     """Micro-batches in one step."""
     clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null never clips."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of matrix products; parameters and optimiser state are float32 either way."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Type of matrix products; parameters and optimiser state are float32 either way. auto takes bf16 where the device
+    multiplies in it, and records what it took."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto, cpu, cuda, cuda:N or mps."""
     threads: int | None = Field(None, ge=1, le=1024)

@@ -182,9 +182,7 @@ def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
 
 
 def _new(fixed: Mapping[str, str], axis: str, value: str, uncovered: set[Pair]) -> bool:
-    return any(
-        ((a, x), (axis, value)) in uncovered or ((axis, value), (a, x)) in uncovered for a, x in fixed.items()
-    )
+    return any(((a, x), (axis, value)) in uncovered or ((axis, value), (a, x)) in uncovered for a, x in fixed.items())
 
 
 def singles() -> list[Case]:

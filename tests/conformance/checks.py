@@ -96,9 +96,7 @@ def documents(case: Case) -> None:
 def padding(case: Case) -> None:
     """Padding left and right changes nothing."""
     model, memory, lengths = case.model(), with_memory(case), (7, 4)
-    alone = [
-        model(drawn_ids(1, length, seed=row), **rows_of(memory, [row])) for row, length in enumerate(lengths)
-    ]
+    alone = [model(drawn_ids(1, length, seed=row), **rows_of(memory, [row])) for row, length in enumerate(lengths)]
     for side in ("right", "left"):
         ids, valid = drawn_ids(2, 9, seed=9), torch.zeros(2, 9, dtype=torch.bool)
         where = [slice(0, n) if side == "right" else slice(9 - n, 9) for n in lengths]
@@ -302,7 +300,9 @@ def recomputation(case: Case) -> None:
         loss = loss_of(output)
         loss.backward()
         gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
-        seen.append({"loss": loss.detach(), **gradient, **{f"aux {n}": t for n, pair in output.aux.items() for t in pair}})
+        seen.append(
+            {"loss": loss.detach(), **gradient, **{f"aux {n}": t for n, pair in output.aux.items() for t in pair}}
+        )
         if not recompute:
             plain = loss_of(model(inputs(case), **with_memory(case)))
             assert plain != loss, "the key drops nothing"

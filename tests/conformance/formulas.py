@@ -56,9 +56,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
     ("head", "lm"): lambda spec, D, V, norm: 0 if spec.tied else V * D + V * spec.bias,
     ("head", "mlm"): lambda spec, D, V, norm: D * D + D + of(norm)(norm, D) + V + (0 if spec.tied else V * D),
-    ("head", "classification"): lambda spec, D, V, norm: (
-        D * spec.classes + spec.classes + (D * D + D) * spec.pooler
-    ),
+    ("head", "classification"): lambda spec, D, V, norm: D * spec.classes + spec.classes + (D * D + D) * spec.pooler,
     ("stack", "plain"): lambda spec: 0,
 }
 

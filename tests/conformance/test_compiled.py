@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from conformance.cases import FORMS, Case, axes, singles
 from conformance.checks import drawn_ids, inputs, loss_of, same, with_memory
 from torchstone.keys import Key
+from torchstone.model.context import Context
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
 from torchstone.spec import kinds
@@ -76,6 +77,18 @@ def test_compiled_layer_drops_the_same_values() -> None:
 @pytest.mark.parametrize("case", SINGLES, ids=str)
 def test_inductor_gives_the_same_values_and_gradients(case: Case) -> None:
     agree(case, "inductor", depth=1)
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize("size", [1, 7, 99, 1001, 4096])
+def test_inductor_drops_the_same_values(size: int) -> None:
+    def drop(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        tokens = Tokens.blank(1)
+        return Context(tokens, tokens, key=key).inside("a").drop(x, 0.4, "x")
+
+    x, key = torch.ones(3, size), Key(5).tensor()
+    assert torch.equal(torch.compile(drop, fullgraph=True)(x, key), drop(x, key))
 
 
 # ------------------------------------------------------------------------------------------------- how many graphs

@@ -24,7 +24,6 @@ from torchstone.keys import Key
 from torchstone.model.attention import AttentionSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
-from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
 from torchstone.model.tokens import Tokens
@@ -48,9 +47,7 @@ def every(family: str) -> list[tuple[str, str]]:
     return [(family, kind) for kind in kinds(family)]
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [pair for family in (*FAMILIES, "scaling") for pair in every(family)]
-)
+@pytest.mark.parametrize(("family", "kind"), [pair for family in (*FAMILIES, "scaling") for pair in every(family)])
 def test_kind_agrees_with_its_independent_definition(family: str, kind: str) -> None:
     assert (family, kind) in ORACLES, f"{family} {kind} has no oracle in {__file__}"
     ORACLES[family, kind]()
@@ -300,10 +297,7 @@ def _() -> None:
     for width, scale in ((8, 1.0), (7, 0.02)):
         module = resolve("position", "sinusoidal")(scale=scale).build(8, 4, width, 64, True)
         wanted = [
-            [
-                scale * (math.sin if j % 2 == 0 else math.cos)(t / 10000 ** ((j - j % 2) / width))
-                for j in range(width)
-            ]
+            [scale * (math.sin if j % 2 == 0 else math.cos)(t / 10000 ** ((j - j % 2) / width)) for j in range(width)]
             for t in (0, 1, 700)
         ]
         same(module.embed(torch.tensor([[0, 1, 700]]))[0], torch.tensor(wanted), f"width {width}")
@@ -475,7 +469,9 @@ def _() -> None:
         wanted = wanted + (m.types.weight[segment] if spec.types else 0)
         if spec.norm is not None:
             state = {name: array(value) for name, value in m.norm.state_dict().items()}
-            rows = [normed(spec.norm, row, state.get("weight"), state.get("bias")) for row in array(wanted).reshape(-1, 32)]
+            rows = [
+                normed(spec.norm, row, state.get("weight"), state.get("bias")) for row in array(wanted).reshape(-1, 32)
+            ]
             wanted = torch.tensor(np.array(rows)).view(2, 6, 32)
         same(m(ids, Tokens.of(ids, segment=segment), added, Context.alone(added)), wanted, str(spec))
 

@@ -17,7 +17,14 @@ from torchstone.spec import validate
 
 
 def model(**fields: Any) -> Transformer:
-    body = {"width": 32, "depth": 2, "vocabulary": 61, "context": 64, "attention": {"heads": 4, "kv_heads": 2}, **fields}
+    body = {
+        "width": 32,
+        "depth": 2,
+        "vocabulary": 61,
+        "context": 64,
+        "attention": {"heads": 4, "kv_heads": 2},
+        **fields,
+    }
     return initialise(validate(TransformerSpec, body).build(), 0)
 
 

@@ -67,7 +67,7 @@ def test_fast_path_equals_the_definition_forwards_and_backwards(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_definition_is_softmax_attention(shape: tuple[int, ...]) -> None:
-    B, H, G, T, S, K = shape
+    B, H, _, T, S, K = shape
     q, k, v = operands(*shape)
     causal = torch.tensor([[s <= t + S - T for s in range(S)] for t in range(T)]).expand(B, H, T, S)
     for arguments, allowed in (({}, torch.ones_like(causal)), ({"causal": True}, causal)):
@@ -123,7 +123,9 @@ def test_blocks_of_queries_equal_all_at_once(softcap: float | None) -> None:
     for block in (1, 4, 13, 50):
         ours = blockwise(*made, mask_of=mask_of, scale=0.3, softcap=softcap, block=block)
         torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-10)
-        pairs = zip(*(torch.autograd.grad(y.square().sum(), made, retain_graph=True) for y in (ours, whole)), strict=True)
+        pairs = zip(
+            *(torch.autograd.grad(y.square().sum(), made, retain_graph=True) for y in (ours, whole)), strict=True
+        )
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 

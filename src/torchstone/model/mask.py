@@ -128,7 +128,7 @@ CAUSAL = Mask((_Causal(),))
 
 @dataclass(frozen=True)
 class Lowered:
-    """A mask as a kernel takes it: SDPA's causal flag, a boolean matrix, or a function that makes one block by block."""
+    """A mask as a kernel takes it: SDPA's causal flag, a boolean matrix, or a function that makes one in blocks."""
 
     causal: bool = False
     matrix_B1TS: torch.Tensor | None = None

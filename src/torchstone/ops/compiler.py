@@ -24,10 +24,14 @@ def compiler_works() -> str | None:
         return f"no C++ compiler at CXX={wanted}" if wanted else "no C++ compiler (g++ or clang++) on this machine"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <cmath>\nextern \"C\" double probe(double x) { return std::sqrt(x); }\n")
+        source.write_text('#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n')
         try:
-            result = subprocess.run([command, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
-                                    capture_output=True, timeout=60, check=False)
+            result = subprocess.run(
+                [command, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
+                capture_output=True,
+                timeout=60,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"the C++ compiler {command} does not run ({error})"
     return None if result.returncode == 0 else f"the C++ compiler {command} cannot build a shared library"

@@ -375,7 +375,8 @@ class Trainer:
                     self.save()
                     raise Stopped(self.step, self._signal or signal.SIGTERM)
                 began += time.perf_counter() - paused
-            if self.evaluate.test and self.source.test is not None and not any("test_loss" in r for r in self.rows):
+            tested = any("test_loss" in row and row["step"] == self.step for row in self.rows)
+            if self.evaluate.test and self.source.test is not None and not tested:
                 self._log({"step": self.step, **self.measure_split(self.source.test, "test")}, progress)
         return self.rows
 

@@ -6,14 +6,14 @@ import os
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from torchstone.errors import TorchstoneError
 from torchstone.recipe import TrainerSpec
 
-__all__ = ["BITWISE", "autocast", "choose_device", "choose_threads", "environment"]
+__all__ = ["BITWISE", "autocast", "choose_device", "choose_precision", "choose_threads", "environment"]
 
 BITWISE = ("device", "threads", "torch", "compile", "cpu", "ranks")
 """Entries of the environment that must agree for losses to agree bit for bit."""
@@ -48,6 +48,15 @@ def choose_threads(threads: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """The recipe's precision; "auto" is bf16 where the device has instructions for it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def autocast(device: torch.device, spec: TrainerSpec) -> torch.autocast:

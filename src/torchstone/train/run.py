@@ -25,7 +25,7 @@ from torch import nn
 
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
-from torchstone.files import read_json, write_bytes, write_json
+from torchstone.files import full_disk, read_json, write_bytes, write_json
 from torchstone.model import ModelSpec
 from torchstone.model.site import initialise, parameter_name
 from torchstone.recipe import Recipe, parse_yaml
@@ -102,16 +102,18 @@ class RunFolder:
         Raises:
             TorchstoneError: a run is there already (resume it or take another folder), or other files.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise TorchstoneError(f"{self.path}: is a file, not a folder for a run")
+        above = next((step for step in (self.path, *self.path.parents) if os.path.lexists(step)), None)
+        if above is not None and not above.is_dir():
+            raise TorchstoneError(f"{above}: is a file, not a folder for a run")
         if self.exists():
             raise TorchstoneError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
         # what a kill may leave of a run before its recipe was written is not somebody else's
         others = [entry.name for entry in self.path.iterdir()
                   if not entry.name.startswith(".")] if self.path.is_dir() else []
-        if set(others) - {"recipe.yaml", "config.json", "environment.json", "generation_config.json", "tokenizer.json",
-                          "tokenizer_config.json", "metrics.jsonl", "state", "plots"}:
-            raise TorchstoneError(f"{self.path}: exists and is not a run (it holds {sorted(others)[0]}); choose another --out")
+        foreign = set(others) - {"config.json", "environment.json", "generation_config.json", "tokenizer.json",
+                                 "tokenizer_config.json"}
+        if foreign:
+            raise TorchstoneError(f"{self.path}: exists and is not a run (it holds {min(foreign)}); choose another --out")
 
     # -- reading
 
@@ -123,7 +125,7 @@ class RunFolder:
             data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise TorchstoneError(f"{path}: cannot be read ({error})") from None
-        return validate(Recipe, migrate("recipe", data, self._version(), path), "recipe.yaml")
+        return validate(Recipe, migrate("recipe", data, self._version(), path), str(path))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,15 +139,15 @@ class RunFolder:
 
     def _version(self, config: Mapping[str, Any] | None = None) -> int:
         config = read_json(self.path / "config.json") if config is None else config
-        version = config.get("format_version")
-        if not isinstance(version, int):
+        version = config.get("format_version") if isinstance(config, Mapping) else None
+        if not isinstance(version, int) or isinstance(version, bool):
             raise TorchstoneError(f"{self.path / 'config.json'}: has no format_version")
         return version
 
     @property
     def model_spec(self) -> ModelSpec:
         """The model's spec."""
-        return validate(_ModelHolder, {"model": self.config["spec"]}, "config.json").model
+        return validate(_ModelHolder, {"model": self.config.get("spec")}, str(self.path / "config.json")).model
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
@@ -191,7 +193,8 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
         """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with full_disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(self.path)
             write_json(self.path / "generation_config.json", {

@@ -21,7 +21,7 @@ from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Changes
 from torchstone.train.checkpoint import load_tensors
 from torchstone.train.engine import Source, Trainer
-from torchstone.train.environment import BITWISE, choose_device, choose_threads, environment
+from torchstone.train.environment import BITWISE, choose_device, choose_precision, choose_threads, environment
 from torchstone.train.mesh import Mesh, build_mesh
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
@@ -65,13 +65,15 @@ def train(
     going_on = resume and folder.exists()
     if not going_on:
         folder.check_free()
+    if going_on:
+        recipe = _keep_choices(recipe, folder.recipe)
     threads = choose_threads(recipe.trainer.threads)
     torch.set_num_threads(threads)
     device = choose_device(recipe.trainer.device)
     mesh = build_mesh(recipe.parallel, device)
     prepared = recipe.data.prepare(say if mesh.first else None)
     say(prepared.description)
-    recipe = _resolve(recipe, prepared, threads)
+    recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
     objective = recipe.objective.build(_facts(prepared.tokenizer))
     checkpoint = None
     if going_on:
@@ -81,6 +83,8 @@ def train(
     if checkpoint is None and recipe.init_from is not None:
         source = RunFolder(recipe.init_from).require()
         load_weights(model, load_tensors(source.path / "model.safetensors"), source.path)
+    for stack in getattr(model, "stacks", {}).values():
+        stack.recompute = recipe.trainer.recompute
     block = getattr(recipe.data, "block", 1)
     costs = measure(model, block)
     compiled = _compile(model, recipe, costs.flops_per_token, say)
@@ -118,6 +122,16 @@ def train(
     return folder
 
 
+def _keep_choices(recipe: Recipe, before: Recipe) -> Recipe:
+    """What the recipe leaves to the machine stays as the run's first machine chose it."""
+    patch: dict[str, Any] = {}
+    if recipe.trainer.threads is None:
+        patch["threads"] = before.trainer.threads
+    if recipe.trainer.precision == "auto":
+        patch["precision"] = before.trainer.precision
+    return recipe.override({"trainer": patch})
+
+
 def _rows(recipe: Recipe, mesh: Mesh) -> int:
     return recipe.trainer.batch * recipe.trainer.accumulate * mesh.ranks
 
@@ -128,9 +142,9 @@ def _facts(tokenizer: Tokenizer | None) -> Facts:
     return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator)
 
 
-def _resolve(recipe: Recipe, prepared: Any, threads: int) -> Recipe:
+def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
     """The recipe with what the data and the machine decide filled in."""
-    patch: dict[str, Any] = {"trainer": {"threads": threads}}
+    patch: dict[str, Any] = {"trainer": {"threads": threads, "precision": precision}}
     if isinstance(recipe.model, TransformerSpec):
         model: dict[str, Any] = {}
         if recipe.model.vocabulary is None and prepared.tokenizer is not None:

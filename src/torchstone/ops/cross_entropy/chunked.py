@@ -109,4 +109,4 @@ def chunked_nll(
         z = _logits(h, weight, bias_V, softcap)
         nll = torch.logsumexp(z, -1) - z.gather(1, target.clamp(min=0)[:, None])[:, 0]
         parts.append(torch.where(target >= 0, nll, 0.0))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else h_ND.new_zeros(0)

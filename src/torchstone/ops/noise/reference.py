@@ -19,9 +19,24 @@ def _shift(x: torch.Tensor, n: int) -> torch.Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
+def _steps(counter: torch.Tensor) -> torch.Tensor:
+    """``(counter + 1) * _GOLDEN`` modulo 2^64, in a form that Inductor compiles as it is written.
+
+    It turns multiples of `arange` into C++ arithmetic on the loop's counter, where signed overflow is undefined: g++
+    then concludes that the loop ends early and the kernel writes past its buffer. Hence two products that stay below
+    2^63 for counters below 2^31; and ``-~counter``, because `~` is no index arithmetic, whose steps may be taken in
+    32 bits.
+    """
+    count = -(~counter)
+    return count * (_GOLDEN & 0xFFFFFFFF) + ((count * (_GOLDEN >> 32 & 0xFFFFFFFF)) << 32)
+
+
 def mix(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
     """A new int64 key (broadcast shape) from a key and a counter."""
-    x = key + (counter + 1) * _GOLDEN if isinstance(counter, torch.Tensor) else key + _wrap((counter + 1) * _GOLDEN)
+    if isinstance(counter, torch.Tensor):
+        x = key + _steps(counter)
+    else:
+        x = key + _wrap((counter + 1) * _GOLDEN)
     x = (x ^ _shift(x, 30)) * _MUL1
     x = (x ^ _shift(x, 27)) * _MUL2
     return x ^ _shift(x, 31)

@@ -1,0 +1,131 @@
+"""Training speed beside Hugging Face transformers: same architecture, precision, batch, threads, machine.
+
+    python benchmarks/training.py [--rounds 20] [--json FILE]
+
+6 layers, width 384, 6 heads, SwiGLU of 1,024, vocabulary 4,096, 8 x 256 tokens, tied head; bf16 products over float32
+master weights, AdamW, clipping at 1. Eager against eager and compiled against compiled; each figure is seconds of one
+optimiser step. Theirs is LlamaForCausalLM with its default attention (SDPA); its compiled form compiles the model as a
+whole, which is what its users do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from _rounds import interleave, machine, ratio, serve
+
+WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, ROWS, LENGTH, STEPS = 384, 6, 6, 1024, 4096, 8, 256, 2
+
+
+def ours(compiled: bool) -> Any:
+    """A function that takes one step of Torchstone's engine."""
+    import torch
+
+    from torchstone.objectives import Facts
+    from torchstone.recipe import load_recipe
+    from torchstone.train.engine import Source, Trainer
+    from torchstone.train.run import build_model
+
+    recipe = load_recipe({
+        "model": {"width": WIDTH, "depth": DEPTH, "vocabulary": VOCABULARY, "context": LENGTH,
+                  "attention": {"kind": "softmax", "heads": HEADS}, "ffn": {"kind": "swiglu", "hidden": HIDDEN}},
+        "data": {"kind": "text", "block": LENGTH}, "optimizer": {"kind": "adamw", "betas": [0.9, 0.95]},
+        "trainer": {"steps": 1000, "batch": ROWS, "precision": "bf16", "clip": 1.0}})
+
+    class Random:
+        bytes, tokens, block = 1, 1, LENGTH
+
+        def batch(self, key: Any, step: int, size: int, *rest: int) -> dict[str, torch.Tensor]:
+            ids = torch.randint(VOCABULARY, (size, LENGTH + 1), generator=key.fold(step).generator())
+            return {"ids": ids[:, :-1], "next": ids[:, 1:]}
+
+    model = build_model(recipe.model, 0)
+    trainer = Trainer(model, recipe.objective.build(Facts()), Source(Random()), recipe.optimizer, recipe.schedule,
+                      recipe.trainer, quiet=True)
+    if compiled:
+        for layer in model.decoder.layers:
+            layer.compile()
+    return trainer.train_step
+
+
+def theirs(compiled: bool) -> Any:
+    """A function that takes one step of a plain loop over transformers' model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True))
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def peer(name: str, threads: int) -> None:
+    """Serve one peer."""
+    import torch
+
+    torch.set_num_threads(threads)
+    who, mode = name.split("-")
+    step = (ours if who == "ours" else theirs)(mode == "compiled")
+    step()
+
+    def work() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        return {"seconds": (time.perf_counter() - began) / STEPS}
+
+    serve(work)
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer")
+    options = parser.parse_args()
+    if options.peer:
+        peer(options.peer, options.threads)
+        return
+    report: dict[str, Any] = {"machine": machine(options.threads), "tokens_per_step": ROWS * LENGTH}
+    for mode in options.modes.split(","):
+        names = [f"ours-{mode}", f"theirs-{mode}"]
+        results = interleave(__file__, names, options.rounds, options.threads)
+        seconds = {name: [result["seconds"] for result in results[name]] for name in names}
+        report[mode] = {"seconds": seconds, "ratio": ratio(seconds[names[0]], seconds[names[1]])}
+        median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+        low, high = report[mode]["ratio"]["low"], report[mode]["ratio"]["high"]
+        print(f"{mode:<9} ours {ROWS * LENGTH / median[names[0]]:7,.0f} tok/s   theirs {ROWS * LENGTH / median[names[1]]:7,.0f} "
+              f"tok/s   ratio {report[mode]['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
