@@ -29,8 +29,13 @@ def serve(work: Callable[[], Mapping[str, Any]]) -> None:
 class _Peer:
     def __init__(self, script: str, name: str, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen([sys.executable, script, "--peer", name], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--peer", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.name = name
         while (line := self._line()) != "ready":  # whatever a library prints while it sets up
             print(f"[{name}] {line}", file=sys.stderr)
@@ -81,5 +86,10 @@ def machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
-    return {"cpu": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

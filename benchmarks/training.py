@@ -30,11 +30,21 @@ def ours(compiled: bool) -> Any:
     from torchstone.train.engine import Source, Trainer
     from torchstone.train.run import build_model
 
-    recipe = load_recipe({
-        "model": {"width": WIDTH, "depth": DEPTH, "vocabulary": VOCABULARY, "context": LENGTH,
-                  "attention": {"kind": "softmax", "heads": HEADS}, "ffn": {"kind": "swiglu", "hidden": HIDDEN}},
-        "data": {"kind": "text", "block": LENGTH}, "optimizer": {"kind": "adamw", "betas": [0.9, 0.95]},
-        "trainer": {"steps": 1000, "batch": ROWS, "precision": "bf16", "clip": 1.0}})
+    recipe = load_recipe(
+        {
+            "model": {
+                "width": WIDTH,
+                "depth": DEPTH,
+                "vocabulary": VOCABULARY,
+                "context": LENGTH,
+                "attention": {"kind": "softmax", "heads": HEADS},
+                "ffn": {"kind": "swiglu", "hidden": HIDDEN},
+            },
+            "data": {"kind": "text", "block": LENGTH},
+            "optimizer": {"kind": "adamw", "betas": [0.9, 0.95]},
+            "trainer": {"steps": 1000, "batch": ROWS, "precision": "bf16", "clip": 1.0},
+        }
+    )
 
     class Random:
         bytes, tokens, block = 1, 1, LENGTH
@@ -44,8 +54,15 @@ def ours(compiled: bool) -> Any:
             return {"ids": ids[:, :-1], "next": ids[:, 1:]}
 
     model = build_model(recipe.model, 0)
-    trainer = Trainer(model, recipe.objective.build(Facts()), Source(Random()), recipe.optimizer, recipe.schedule,
-                      recipe.trainer, quiet=True)
+    trainer = Trainer(
+        model,
+        recipe.objective.build(Facts()),
+        Source(Random()),
+        recipe.optimizer,
+        recipe.schedule,
+        recipe.trainer,
+        quiet=True,
+    )
     if compiled:
         for layer in model.decoder.layers:
             layer.compile()
@@ -58,16 +75,28 @@ def theirs(compiled: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
-        tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+        )
+    )
     model.train()
     forward = torch.compile(model) if compiled else model
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
@@ -121,8 +150,10 @@ def main() -> None:
         report[mode] = {"seconds": seconds, "ratio": ratio(seconds[names[0]], seconds[names[1]])}
         median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
         low, high = report[mode]["ratio"]["low"], report[mode]["ratio"]["high"]
-        print(f"{mode:<9} ours {ROWS * LENGTH / median[names[0]]:7,.0f} tok/s   theirs {ROWS * LENGTH / median[names[1]]:7,.0f} "
-              f"tok/s   ratio {report[mode]['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]")
+        print(
+            f"{mode:<9} ours {ROWS * LENGTH / median[names[0]]:7,.0f} tok/s   theirs {ROWS * LENGTH / median[names[1]]:7,.0f} "
+            f"tok/s   ratio {report[mode]['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]"
+        )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

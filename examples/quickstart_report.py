@@ -153,7 +153,7 @@ def report(run: torchstone.Run) -> None:
     print(
         "(The model was trained on other files of the corpus, and its weights do not count. The compressors see these"
     )
-    print("files alone, as one.)")
+    print("these files alone, as one.)")
     print(f"\nLearning curve: {run.path / 'plots' / 'learning_curve.png'}")
     print(curve(run.metrics()))
     written = sample(run)

@@ -27,8 +27,15 @@ __all__ = ["Run", "build", "inspect", "load", "train"]
 class Run(RunFolder):
     """A finished or interrupted training: its files, its model, its text."""
 
-    def generate(self, prompts: str | Sequence[str], *, device: str = "cpu", precision: str = "fp32",
-                 compile: str = "auto", **sampling: Any) -> list[Completion]:
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        compile: str = "auto",
+        **sampling: Any,
+    ) -> list[Completion]:
         """Continue each prompt.
 
         Args:
@@ -57,8 +64,14 @@ def load(path: str | Path) -> Run:
     return run
 
 
-def train(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = (), *,
-          out: str | Path, resume: bool = False, quiet: bool = False) -> Run:
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    overrides: Iterable[str | Mapping[str, Any]] = (),
+    *,
+    out: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Train a recipe into a run directory; see `torchstone.train.training.train`."""
     return Run(_train(recipe, overrides, out=out, resume=resume, quiet=quiet).path)
 
@@ -67,8 +80,14 @@ class _Holder(Spec):
     model: Part[ModelSpec]
 
 
-def build(spec: PartSpec | str | Mapping[str, Any], *, width: int | None = None, seed: int = 0,
-          device: str = "cpu", **more: Any) -> nn.Module:
+def build(
+    spec: PartSpec | str | Mapping[str, Any],
+    *,
+    width: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    **more: Any,
+) -> nn.Module:
     """A module from a spec, initialised.
 
     ``build(SoftmaxSpec(heads=4), width=64, position="rotary")`` is a part for somebody else's model, from (B, T, D) to
@@ -96,7 +115,9 @@ def build(spec: PartSpec | str | Mapping[str, Any], *, width: int | None = None,
     return alone(spec, width, seed=seed, **more).to(device)
 
 
-def inspect(what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
+def inspect(
+    what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Counts of a recipe or a run, on the meta device: parameters, state, arithmetic, memory to train.
 
     Raises:
@@ -106,7 +127,7 @@ def inspect(what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[s
     spec = recipe.model
     with torch.device("meta"):
         model = spec.build()
-    context = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
+    context: int = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
     counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
     from torchstone.train.memory import training_memory
 

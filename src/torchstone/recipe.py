@@ -22,8 +22,19 @@ from torchstone.model import ModelSpec
 from torchstone.objectives import ObjectiveSpec
 from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, merge, part, validate
 
-__all__ = ["AdaptSpec", "EvaluateSpec", "OptimizerSpec", "ParallelSpec", "Recipe", "ScheduleSpec", "TrainerSpec",
-           "dump_yaml", "load_recipe", "parse_override", "parse_yaml"]
+__all__ = [
+    "AdaptSpec",
+    "EvaluateSpec",
+    "OptimizerSpec",
+    "ParallelSpec",
+    "Recipe",
+    "ScheduleSpec",
+    "TrainerSpec",
+    "dump_yaml",
+    "load_recipe",
+    "parse_override",
+    "parse_yaml",
+]
 
 
 class OptimizerSpec(PartSpec):
@@ -192,16 +203,23 @@ def _differences(a: Any, b: Any, path: str) -> Iterable[str]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-3` is a number, and yes, no, on and off are words."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."))
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -269,8 +287,11 @@ def builtin_recipes() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = (),
-                changes: Changes | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Iterable[str | Mapping[str, Any]] = (),
+    changes: Changes | None = None,
+) -> Recipe:
     """A recipe from a built-in name, a YAML file or plain data, with overrides laid over it.
 
     Overrides are ``field.sub=value`` strings or nested mappings; their order does not matter unless two set one field.
@@ -300,7 +321,9 @@ def _read(source: str | Path) -> str:
         names = builtin_recipes()
         if name in names:
             return (importlib.resources.files("torchstone") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-        raise TorchstoneError(f"no recipe {name!r}{nearest(name, names)}; built in: {', '.join(names)}; or give a YAML file")
+        raise TorchstoneError(
+            f"no recipe {name!r}{nearest(name, names)}; built in: {', '.join(names)}; or give a YAML file"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

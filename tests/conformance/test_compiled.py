@@ -83,12 +83,12 @@ def test_inductor_gives_the_same_values_and_gradients(case: Case) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("size", [1, 7, 99, 1001, 4096])
 def test_inductor_drops_the_same_values(size: int) -> None:
-    def drop(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        tokens = Tokens.blank(1)
-        return Context(tokens, tokens, key=key).inside("a").drop(x, 0.4, "x")
+    def drop(x: torch.Tensor, ctx: Context) -> torch.Tensor:
+        return ctx.inside("a").drop(x, 0.4, "x")
 
-    x, key = torch.ones(3, size), Key(5).tensor()
-    assert torch.equal(torch.compile(drop, fullgraph=True)(x, key), drop(x, key))
+    tokens, x = Tokens.blank(1), torch.ones(3, size)
+    ctx = Context(tokens, tokens, key=Key(5).tensor())
+    assert torch.equal(torch.compile(drop, fullgraph=True)(x, ctx), drop(x, ctx))
 
 
 # ------------------------------------------------------------------------------------------------- how many graphs

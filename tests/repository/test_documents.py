@@ -146,7 +146,7 @@ def plan(blocks: list[Block]) -> list[dict[str, object]]:
             tomllib.loads(block.text)
         elif block.language == "bash":
             commands = [command for command in commands_of(block) if not only_sets_up(command)]
-        if block.language in ("yaml", "json", "toml"):
+        if block.language in ("python", "yaml", "json", "toml"):
             name = re.match(r"# ([\w-]+\.\w+)\n", block.text)
             save_as = name[1] if name else ""
         if block.language == "python" or commands or save_as:
@@ -205,6 +205,14 @@ def test_blocks_run_in_order_in_one_folder_and_share_variables(tmp_path: Path) -
         "  echo 40 \\\n    > forty\n  ```\n````python\nn += int(open('forty').read())\nassert n == 42, '```'\n````\n",
     )
     assert [block.language for block in blocks] == ["python", "yaml", "bash", "python"]
+    done = run(plan(blocks), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_block_with_a_name_is_saved_and_can_be_imported(tmp_path: Path) -> None:
+    blocks = written(
+        tmp_path, "```python\n# forty.py\nn = 40\n```\n```python\nimport forty\nassert forty.n == 40\n```\n"
+    )
     done = run(plan(blocks), tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -9,12 +9,19 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Torchstone: Transformer methods as parts that combine, and claims that run.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Torchstone: Transformer methods as parts that combine, and claims that run.",
+)
 recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their schema.")
 app.add_typer(recipe_app, name="recipe")
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
@@ -28,7 +35,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
@@ -62,15 +71,21 @@ def train(
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    prompt: Annotated[Optional[list[str]], typer.Option("--prompt", help="Text to continue; may be given several times. "
-                                                        "Without it, standard input or nothing.")] = None,
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--prompt", help="Text to continue; may be given several times. Without it, standard input or nothing."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[Optional[int], typer.Option(help="Keep the k best tokens.")] = None,
     top_p: Annotated[Optional[float], typer.Option(help="Keep the best tokens that hold this probability.")] = None,
     min_p: Annotated[Optional[float], typer.Option(help="Drop tokens below this share of the best one's.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
-    stop: Annotated[Optional[list[str]], typer.Option("--stop", help="End before this text; may be given several times.")] = None,
+    stop: Annotated[
+        Optional[list[str]], typer.Option("--stop", help="End before this text; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -84,13 +99,28 @@ def generate(
     from torchstone.spec import validate
 
     prompts = list(prompt) if prompt else ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()]
-    options = validate(Sampling, {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed}, "generate")
+    options = validate(
+        Sampling,
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop or [],
+            "seed": seed,
+        },
+        "generate",
+    )
     engine = Engine.of_run(load(run), device=device, precision=precision, compile=compile)
     if as_json:
-        _print_json([{"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish}
-                     for text, done in zip(prompts, engine.generate(prompts, options), strict=True)])
+        _print_json(
+            [
+                {"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish}
+                for text, done in zip(prompts, engine.generate(prompts, options), strict=True)
+            ]
+        )
     elif len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)

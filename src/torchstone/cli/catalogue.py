@@ -25,10 +25,19 @@ def catalogue(family: str | None = None) -> list[dict[str, Any]]:
 
 
 def _entry(cls: type[PartSpec]) -> dict[str, Any]:
-    declares = {name: _plain(getattr(cls, name)) for name in (
-        "consumes", "can_give", "takes", "masks", "causal_only", "gives", "scope", "exact", "owns_norm") if hasattr(cls, name)}
-    return {"family": cls.family, "kind": cls.kind, "summary": cls.summary(), "paper": cls.paper,
-            "fields": {name: _field(info) for name, info in cls.model_fields.items()}, "declares": declares}
+    declares = {
+        name: _plain(getattr(cls, name))
+        for name in ("consumes", "can_give", "takes", "masks", "causal_only", "gives", "scope", "exact", "owns_norm")
+        if hasattr(cls, name)
+    }
+    return {
+        "family": cls.family,
+        "kind": cls.kind,
+        "summary": cls.summary(),
+        "paper": cls.paper,
+        "fields": {name: _field(info) for name, info in cls.model_fields.items()},
+        "declares": declares,
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -44,12 +53,27 @@ def _field(info: FieldInfo) -> dict[str, Any]:
         default = default.kind
     elif isinstance(default, Spec):
         default = default.dump()
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "multiple of", "min_length": "length >=",
-             "pattern": "matches"}
-    bounds = [f"{sign} {getattr(limit, name)}" for limit in info.metadata for name, sign in signs.items()
-              if getattr(limit, name, None) is not None]
-    return {"type": f"part of {family}" if family else _type(info.annotation), "default": default,
-            "bounds": " and ".join(bounds), "description": " ".join((info.description or "").split())}
+    signs = {
+        "ge": ">=",
+        "gt": ">",
+        "le": "<=",
+        "lt": "<",
+        "multiple_of": "multiple of",
+        "min_length": "length >=",
+        "pattern": "matches",
+    }
+    bounds = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in info.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return {
+        "type": f"part of {family}" if family else _type(info.annotation),
+        "default": default,
+        "bounds": " and ".join(bounds),
+        "description": " ".join((info.description or "").split()),
+    }
 
 
 def _type(annotation: Any) -> str:

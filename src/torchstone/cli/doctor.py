@@ -22,11 +22,21 @@ def examine() -> dict[str, Any]:
     """Versions, devices, threads, compiler, extras."""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "pydantic", "safetensors", "tokenizers")}
     cuda = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    devices = {"cpu": torch.backends.cpu.get_cpu_capability(), "cuda": ", ".join(cuda) or "none",
-               "mps": "yes" if torch.backends.mps.is_available() else "none"}
-    return {"torchstone": metadata.version("torchstone"), "python": sys.version.split()[0],
-            "platform": platform.platform(), "versions": versions, "devices": devices,
-            "threads": choose_threads(None), "compiler": compiler_works() or "works", "extras": _extras()}
+    devices = {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cuda": ", ".join(cuda) or "none",
+        "mps": "yes" if torch.backends.mps.is_available() else "none",
+    }
+    return {
+        "torchstone": metadata.version("torchstone"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "threads": choose_threads(None),
+        "compiler": compiler_works() or "works",
+        "extras": _extras(),
+    }
 
 
 def _extras() -> dict[str, str]:

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from torchstone.data.blocks import Blocks
     from torchstone.data.tokenizer import Tokenizer
 
-__all__ = ["Blocks", "CorpusSpec", "DataSpec", "Document", "Prepared", "TextSpec", "Tokenizer", "TokenizerSpec", "prepare"]
+__all__ = [
+    "Blocks",
+    "CorpusSpec",
+    "DataSpec",
+    "Document",
+    "Prepared",
+    "TextSpec",
+    "Tokenizer",
+    "TokenizerSpec",
+    "prepare",
+]
 
 _LAZY = {"Blocks": "blocks", "Tokenizer": "tokenizer"}
 

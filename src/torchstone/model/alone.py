@@ -40,8 +40,15 @@ class Alone(nn.Module):
         return out
 
 
-def alone(spec: PartSpec, width: int, *, causal: bool = True, position: PositionSpec | str | None = None,
-          context: int = 2048, seed: int = 0) -> Alone:
+def alone(
+    spec: PartSpec,
+    width: int,
+    *,
+    causal: bool = True,
+    position: PositionSpec | str | None = None,
+    context: int = 2048,
+    seed: int = 0,
+) -> Alone:
     """A part of its own, initialised.
 
     Args:
@@ -62,7 +69,7 @@ def alone(spec: PartSpec, width: int, *, causal: bool = True, position: Position
     if isinstance(spec, AttentionSpec):
         from torchstone.model.stack import LayerSpec
 
-        layer = LayerSpec(attention=spec, position=position or resolve("position", "none")())  # type: ignore[arg-type]
+        layer = LayerSpec(attention=spec, position=position or resolve("position", "none")())
         reason = spec.illegal(layer, width)
         if reason is None and spec.causal_only and not causal:
             reason = f"attention {spec.kind} has no bidirectional form"

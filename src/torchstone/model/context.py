@@ -5,9 +5,9 @@ Shapes: B rows, T queries, S keys, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ from torchstone.model.tokens import Tokens
 from torchstone.ops import noise
 
 if TYPE_CHECKING:
-    from torchstone.model.position import Position, Rotation
+    from torchstone.model.position import Rotation
 
 __all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux"]
 
@@ -43,6 +43,12 @@ def add_aux(a: Aux, b: Aux) -> Aux:
 def _code(name: str) -> int:
     """A number for a name, for keys that are folded inside compiled code."""
     return Key(0).fold(name).value >> 2
+
+
+class PositionModules(Protocol):
+    """Position modules by key: a stack's `Positions`, or a dict."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Context:
     mask: Mask = CAUSAL
     relation: Relation = "same"
     slots: torch.Tensor | None = None
-    positions: Mapping[str, Position] = field(default_factory=dict)
+    positions: PositionModules = field(default_factory=dict)
     memory: Memory | None = None
     taps: Taps | None = None
     scope: str = ""
@@ -99,9 +105,7 @@ class Context:
     memo: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def alone(
-        cls, x_BTD: torch.Tensor, causal: bool = True, positions: Mapping[str, Position] | None = None
-    ) -> Context:
+    def alone(cls, x_BTD: torch.Tensor, causal: bool = True, positions: PositionModules | None = None) -> Context:
         """The context of a part used by itself: one sequence a row, no padding, no state."""
         tokens = Tokens.blank(x_BTD.shape[1], x_BTD.device)
         return cls(tokens, tokens, CAUSAL if causal else BIDIRECTIONAL, positions=positions or {})

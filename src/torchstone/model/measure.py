@@ -63,10 +63,22 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
     decode = matrices + sum(module.flops(context) for module in attentions)  # type: ignore[operator]
     slots = [slot for part in model.state_spec().values() for slot in part] if hasattr(model, "state_spec") else []  # type: ignore[operator]
     growing = sum(slot.bytes(dtype) for slot in slots if slot.growth == "growing")
-    fixed = sum(slot.bytes(dtype) * (slot.size if slot.growth == "ring" else 1)
-                for slot in slots if slot.growth in ("ring", "recurrent"))
-    return Measures(total, active, total - idle, sum(b.numel() for b in model.buffers()), growing, fixed,
-                    3.0 * forward, decode, context)
+    fixed = sum(
+        slot.bytes(dtype) * (slot.size if slot.growth == "ring" else 1)
+        for slot in slots
+        if slot.growth in ("ring", "recurrent")
+    )
+    return Measures(
+        total,
+        active,
+        total - idle,
+        sum(b.numel() for b in model.buffers()),
+        growing,
+        fixed,
+        3.0 * forward,
+        decode,
+        context,
+    )
 
 
 def _vectors(model: nn.Module) -> int:

@@ -90,6 +90,13 @@ class Objective(nn.Module):
     codes: ClassVar[bool] = False
     """Whether the loss is the code length of the text, so that bits per byte mean something."""
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this loss makes no sense for.
+
+        Raises:
+            TorchstoneError: says what the model lacks.
+        """
+
     def prepare(self, batch: Batch, key: Key) -> Batch:
         """The batch with whatever is drawn or derived before a model sees it."""
         return batch
@@ -105,6 +112,7 @@ class Objective(nn.Module):
 
 def tokens_of(batch: Batch, ids: torch.Tensor | None = None) -> Tokens:
     """The batch's columns as `Tokens`, with other ids in their place if given."""
-    columns = {name: batch[name] for name in ("start", "position", "segment", "modality", "role", "valid")
-               if name in batch}
+    columns = {
+        name: batch[name] for name in ("start", "position", "segment", "modality", "role", "valid") if name in batch
+    }
     return Tokens.of(batch["ids"] if ids is None else ids, **columns)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.ops.cross_entropy import linear_cross_entropy, linear_nll
@@ -26,6 +27,10 @@ class CausalLM(Objective):
 
     codes: ClassVar[bool] = True
 
+    def check(self, model: nn.Module) -> None:
+        if getattr(model, "decoder", self) is None:
+            raise TorchstoneError("objective causal_lm: needs model.causal: true; an encoder sees the token to predict")
+
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         valid = batch["valid"].sum() if "valid" in batch else torch.tensor(batch["ids"].numel())
         return {"targets": (batch["next"] >= 0).sum(), "tokens": valid}
@@ -40,13 +45,19 @@ class CausalLM(Objective):
         """Negative log-likelihood in nats of each target (B, T), zero where there is none."""
         out = model(tokens_of(batch), outputs="none")
         product = model.vocabulary_head().product(out.hidden, model.embedding.table())  # type: ignore[operator, union-attr]
-        nll = linear_nll(product.h.flatten(0, -2), product.weight, batch["next"].flatten(), bias_V=product.bias,
-                         softcap=product.softcap)
+        nll = linear_nll(
+            product.h.flatten(0, -2),
+            product.weight,
+            batch["next"].flatten(),
+            bias_V=product.bias,
+            softcap=product.softcap,
+        )
         return nll.view(batch["next"].shape)
 
 
 def vocabulary_loss(model: nn.Module, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """Sum of the targets' negative log-likelihoods (targets below zero count nothing), without holding all logits."""
     product = model.vocabulary_head().product(hidden_BTD, model.embedding.table())  # type: ignore[operator, union-attr]
-    return linear_cross_entropy(product.h.flatten(0, -2), product.weight, targets_BT.flatten(), bias_V=product.bias,
-                                softcap=product.softcap)
+    return linear_cross_entropy(
+        product.h.flatten(0, -2), product.weight, targets_BT.flatten(), bias_V=product.bias, softcap=product.softcap
+    )

@@ -72,11 +72,16 @@ class MaskedLM(Objective):
         return {"targets": (batch["targets"] >= 0).sum(), "tokens": valid}
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
-        out = model(tokens_of(batch, batch["masked"]), outputs="none", mask=BIDIRECTIONAL,
-                    key=None if key is None else key.tensor(batch["ids"].device))
+        out = model(
+            tokens_of(batch, batch["masked"]),
+            outputs="none",
+            mask=BIDIRECTIONAL,
+            key=None if key is None else key.tensor(batch["ids"].device),
+        )
         chosen = batch["targets"] >= 0
         # only chosen positions reach the head: its transform and its product cost as much as a layer
         product = model.vocabulary_head().product(out.hidden[chosen], model.embedding.table())  # type: ignore[operator, union-attr]
-        nll = linear_cross_entropy(product.h, product.weight, batch["targets"][chosen], bias_V=product.bias,
-                                   softcap=product.softcap)
+        nll = linear_cross_entropy(
+            product.h, product.weight, batch["targets"][chosen], bias_V=product.bias, softcap=product.softcap
+        )
         return Result.of({"loss": Term(nll)}, out.aux)

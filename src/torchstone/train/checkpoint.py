@@ -82,6 +82,16 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     facts: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return name_of(self.step)
+
+
+def name_of(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
 
 class Checkpoints:
     """The `state` folder of a run."""
@@ -95,12 +105,13 @@ class Checkpoints:
         if not pointer.exists():
             return None
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-\d{8,}", name):
+        if not re.fullmatch(r"step-\d{8}", name):
             raise TorchstoneError(f"{pointer}: names no checkpoint (found {name[:40]!r})")
         return name
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any],
-             best: bool = False) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any], best: bool = False
+    ) -> Path:
         """Write a checkpoint, point LATEST (and BEST) at it, and drop those no longer kept.
 
         What LATEST names already stays as it is: the state of a step is a function of the recipe alone, and to
@@ -112,9 +123,10 @@ class Checkpoints:
         with full_disk(self.folder):
             return self._save(step, tensors, facts, best)
 
-    def _save(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any],
-              best: bool) -> Path:
-        name = f"step-{step:08d}"
+    def _save(
+        self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any], best: bool
+    ) -> Path:
+        name = name_of(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".step-*"):  # left by a kill
             shutil.rmtree(stale, ignore_errors=True)
@@ -127,8 +139,14 @@ class Checkpoints:
         self._prune()
         return final
 
-    def _write(self, work: Path, final: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]],
-               facts: Mapping[str, Any]) -> None:
+    def _write(
+        self,
+        work: Path,
+        final: Path,
+        step: int,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        facts: Mapping[str, Any],
+    ) -> None:
         try:
             work.mkdir()
             files = {}
@@ -147,8 +165,11 @@ class Checkpoints:
             raise
 
     def _prune(self) -> None:
-        kept = {(self.folder / pointer).read_text(errors="replace").strip() for pointer in ("LATEST", "BEST")
-                if (self.folder / pointer).exists()}
+        kept = {
+            (self.folder / pointer).read_text(errors="replace").strip()
+            for pointer in ("LATEST", "BEST")
+            if (self.folder / pointer).exists()
+        }
         for old in sorted(self.folder.glob("step-*"))[: -self.keep_last]:
             if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -179,7 +200,8 @@ class Checkpoints:
                 raise TorchstoneError(f"{path}: missing from the checkpoint")
             if path.stat().st_size != expected["bytes"]:
                 raise TorchstoneError(
-                    f"{path}: truncated, {path.stat().st_size} bytes where {expected['bytes']} were written")
+                    f"{path}: truncated, {path.stat().st_size} bytes where {expected['bytes']} were written"
+                )
             if digest(path) != expected["sha256"]:
                 raise TorchstoneError(f"{path}: altered since it was written (its checksum differs)")
             tensors[path.stem] = load_tensors(path)

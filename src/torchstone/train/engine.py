@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from torchstone.errors import TorchstoneError
+from torchstone.files import full_disk
 from torchstone.keys import Key
 from torchstone.model.site import parameter_name
 from torchstone.objectives import Batch, Objective
@@ -41,8 +42,9 @@ class Split(Protocol):
     bytes: int
     tokens: int
 
-    def batch(self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0,
-              ranks: int = 1) -> Batch:
+    def batch(
+        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
+    ) -> Batch:
         """The batch of a step: a pure function of the arguments."""
         ...
 
@@ -110,6 +112,9 @@ class Trainer:
         self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
         self._signal: int | None = None
+        self._saved: int | None = None
+        # sums are taken in float64 where the device has it
+        self._wide = torch.float32 if self.device.type == "mps" else torch.float64
 
     # -- one step
 
@@ -117,8 +122,15 @@ class Trainer:
         """Prepared batches of this rank for `step`."""
         batches = []
         for micro in range(self.spec.accumulate):
-            batch = self.source.train.batch(self.key.fold("data"), step, self.spec.batch, micro, self.spec.accumulate,
-                                            self.mesh.rank, self.mesh.ranks)
+            batch = self.source.train.batch(
+                self.key.fold("data"),
+                step,
+                self.spec.batch,
+                micro,
+                self.spec.accumulate,
+                self.mesh.rank,
+                self.mesh.ranks,
+            )
             batch = self._move(batch)
             batches.append(self.objective.prepare(batch, self._key("prepare", step, micro)))
         return batches
@@ -128,8 +140,11 @@ class Trainer:
         return self.key.fold(purpose, step, micro * self.mesh.ranks + self.mesh.rank)
 
     def _move(self, batch: Batch) -> Batch:
-        return batch if self.device.type == "cpu" else {name: value.to(self.device, non_blocking=True)
-                                                        for name, value in batch.items()}
+        return (
+            batch
+            if self.device.type == "cpu"
+            else {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        )
 
     def gradients(self, batches: list[Batch], step: int) -> dict[str, float]:
         """Add the gradient of one step's loss to the parameters and give the loss and its terms.
@@ -142,6 +157,8 @@ class Trainer:
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for micro, batch in enumerate(batches):
             key = self._key("dropout", step, micro)
+            # modules that are not ours draw from torch's own generator: keyed too, so that resuming repeats it
+            torch.manual_seed(key.fold("torch").value & (2**63 - 1))
             with autocast(self.device, self.spec):
                 result = self.objective(self.model, batch, key)
                 loss = torch.zeros((), device=self.device)
@@ -154,11 +171,12 @@ class Trainer:
                 old = metrics.get(name, (0, 0))
                 metrics[name] = (old[0] + total.detach(), old[1] + count)
         self.mesh.sum_gradients(p.value for p in self.named)
-        values = self.mesh.sum(torch.stack([total.double() for total in totals.values()]))
+        values = self.mesh.sum(torch.stack([total.to(self._wide) for total in totals.values()]))
         row = dict(zip(totals, values.tolist(), strict=True))
         row["loss"] = sum(row.values()) if len(row) > 1 or "loss" not in row else row["loss"]
         for name, (total, count) in metrics.items():
-            both = self.mesh.sum(torch.stack([total.double().flatten(), count.double().flatten().expand(total.numel())]))
+            sums = total.to(self._wide).flatten(), count.to(self._wide).flatten().expand(total.numel())
+            both = self.mesh.sum(torch.stack(sums))
             mean = both[0] / both[1].clamp(min=1)
             row[name] = mean.item() if mean.numel() == 1 else mean.tolist()  # type: ignore[assignment]
         if not math.isfinite(row["loss"]):
@@ -168,7 +186,7 @@ class Trainer:
     def _counts(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         each = [self.objective.counts(batch) for batch in batches]
         names = list(each[0])
-        local = torch.stack([sum(counts[name].double() for counts in each) for name in names])  # type: ignore[misc]
+        local = torch.stack([sum(counts[name].to(self._wide) for counts in each) for name in names])  # type: ignore[misc]
         return dict(zip(names, self.mesh.sum(local.to(self.device)).clamp(min=1), strict=True))
 
     def train_step(self) -> dict[str, Any]:
@@ -203,21 +221,34 @@ class Trainer:
         name = self._first_bad(batches, step)
         examples = [batch["example"].tolist() for batch in batches if "example" in batch]
         rows = f", examples {examples[0][:8]}" if examples else ""
-        raise TorchstoneError(f"step {step + 1}: {what} is not finite; batch {step}{rows}; first in {name}; "
-                              "the weights are those of the step before, the last checkpoint is good")
+        raise TorchstoneError(
+            f"step {step + 1}: {what} is not finite; batch {step}{rows}; first in {name}; "
+            "the weights are those of the step before, the last checkpoint is good"
+        )
 
     def _first_bad(self, batches: list[Batch], step: int) -> str:
-        for p in self.named:
-            if not torch.isfinite(p.value).all():
-                return f"the parameter {p.name}"
+        if bad := self._bad_weight():
+            return bad
         seen: list[str] = []
         hooks = []
 
         def watch(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                tensors = [output] if isinstance(output, torch.Tensor) else [
-                    t for t in (output if isinstance(output, tuple | list) else vars(output).values()
-                                if hasattr(output, "__dict__") else ()) if isinstance(t, torch.Tensor)]
+                tensors = (
+                    [output]
+                    if isinstance(output, torch.Tensor)
+                    else [
+                        t
+                        for t in (
+                            output
+                            if isinstance(output, tuple | list)
+                            else vars(output).values()
+                            if hasattr(output, "__dict__")
+                            else ()
+                        )
+                        if isinstance(t, torch.Tensor)
+                    ]
+                )
                 if not seen and any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
                     seen.append(f"the output of {path}")
 
@@ -239,6 +270,10 @@ class Trainer:
                 return f"the gradient of {p.name}"
         return "the loss itself"
 
+    def _bad_weight(self) -> str:
+        """Names the first parameter that is not finite; empty if all are."""
+        return next((f"the parameter {p.name}" for p in self.named if not torch.isfinite(p.value).all()), "")
+
     # -- validation
 
     @torch.no_grad()
@@ -250,26 +285,30 @@ class Trainer:
         weights: dict[str, tuple[str, float]] = {}
         with self._averaged():
             for number, batch in enumerate(split.evaluation(self.spec.batch, limit)):
-                if number % self.mesh.ranks != self.mesh.rank:
+                # every rank looks at the first batch, so that all know the terms, and the first rank counts it
+                if number and number % self.mesh.ranks != self.mesh.rank:
                     continue
+                share = float(number % self.mesh.ranks == self.mesh.rank)
                 batch = self.objective.prepare(self._move(batch), self.key.fold("evaluate", prefix, number))
                 with autocast(self.device, self.spec):
                     result = self.objective(self.model, batch, None)
                 for name, term in result.terms.items():
-                    totals[name] = totals.get(name, 0) + term.total.double()
+                    totals[name] = totals.get(name, 0) + share * term.total.to(self._wide)
                     weights[name] = term.over, term.weight
                 for name, count in self.objective.counts(batch).items():
-                    counts[name] = counts.get(name, 0) + count.double()
+                    counts[name] = counts.get(name, 0) + share * count.to(self._wide)
         self.model.train()
         if not totals:
             return {}
         total = self.mesh.sum(torch.stack(list(totals.values())).cpu())
         count = dict(zip(counts, self.mesh.sum(torch.stack(list(counts.values())).cpu()).tolist(), strict=True))
-        each = {name: value / max(1.0, count[weights[name][0]])
-                for name, value in zip(totals, total.tolist(), strict=True)}
+        each = {
+            name: value / max(1.0, count[weights[name][0]]) for name, value in zip(totals, total.tolist(), strict=True)
+        }
         row = {f"{prefix}_loss": sum(weights[name][1] * value for name, value in each.items())}
         if self.objective.codes and getattr(split, "bytes", 0):
-            row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * split.tokens / split.bytes
+            # every token but the first is a target
+            row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
         return row
 
     @contextmanager
@@ -291,18 +330,26 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything that resuming needs, by file and name."""
-        out = {"model": {parameter_name(name): value for name, value in self.model.state_dict().items()},
-               "optimizer": self._optimizer_tensors()}
+        out = {
+            "model": {parameter_name(name): value for name, value in self.model.state_dict().items()},
+            "optimizer": self._optimizer_tensors(),
+        }
         objective = {name: value for name, value in self.objective.state_dict().items()}
         if objective:
             out["objective"] = objective
         if self.ema is not None:
-            out["ema"] = {**out["model"], **{n: v for n, v in self.ema.items() if not n.startswith("objective.")}}
+            own = {name: value for name, value in self.ema.items() if name.startswith("objective.")}
+            out["ema"] = {**out["model"], **{name: value for name, value in self.ema.items() if name not in own}}
+            if own:
+                out["ema_objective"] = own
         return out
 
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        return {f"optimizer.{key}.{p.name}": torch.as_tensor(value)
-                for p in self.named for key, value in self.optim.state.get(p.value, {}).items()}
+        return {
+            f"optimizer.{key}.{p.name}": torch.as_tensor(value)
+            for p in self.named
+            for key, value in self.optim.state.get(p.value, {}).items()
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -325,16 +372,29 @@ class Trainer:
             parameter = names[name].value
             self.optim.state[parameter] = {
                 key: value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-                for key, value in values.items()}
+                for key, value in values.items()
+            }
         if self.ema is not None:
-            for name in self.ema:
-                if name in checkpoint.tensors.get("ema", {}):
-                    self.ema[name].copy_(checkpoint.tensors["ema"][name])
-        self.step = checkpoint.step
+            averages = {**checkpoint.tensors.get("ema", {}), **checkpoint.tensors.get("ema_objective", {})}
+            for name, value in self.ema.items():
+                if name not in averages or averages[name].shape != value.shape:
+                    raise TorchstoneError(f"the checkpoint has no moving average of {name}")
+                value.copy_(averages[name])
+        self.step = self._saved = checkpoint.step
         self.best = checkpoint.facts.get("best") if checkpoint.facts.get("best") is not None else math.inf  # type: ignore[assignment]
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint and make its weights the run's."""
+        """Write a checkpoint and make its weights the run's.
+
+        Raises:
+            TorchstoneError: a weight is not finite, or the disk is full; the last checkpoint stays.
+        """
+        if bad := self._bad_weight():
+            raise TorchstoneError(
+                f"step {self.step}: {bad} is not finite after the optimiser's move; "
+                "nothing is written, the last checkpoint is good"
+            )
+        self._saved = self.step
         if self.folder is None or not self.mesh.first:
             self.mesh.barrier()
             return
@@ -372,7 +432,8 @@ class Trainer:
                 if self.step % self.spec.save_every == 0 or last or (best and self.spec.keep_best):
                     self.save(best and self.spec.keep_best)
                 if self._stop_asked():
-                    self.save()
+                    if self._saved != self.step:
+                        self.save()
                     raise Stopped(self.step, self._signal or signal.SIGTERM)
                 began += time.perf_counter() - paused
             tested = any("test_loss" in row and row["step"] == self.step for row in self.rows)
@@ -403,6 +464,12 @@ class Trainer:
         row = self.measure_split(self.source.valid, "valid", self.evaluate.blocks)
         if not row:
             return False
+        if not math.isfinite(row["valid_loss"]):
+            first = self._bad_weight() or "an activation"
+            raise TorchstoneError(
+                f"step {self.step}: the validation loss {row['valid_loss']} is not finite; first in "
+                f"{first}; the last checkpoint is good"
+            )
         self._log({"step": self.step, **row}, progress)
         better = row["valid_loss"] < self.best
         self.best = min(self.best, row["valid_loss"])
@@ -414,7 +481,7 @@ class Trainer:
             return
         progress.row(row)
         if self.folder is not None:
-            with open(self.folder.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with full_disk(self.folder.path), open(self.folder.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self.tensorboard is not None:
             for name, value in row.items():

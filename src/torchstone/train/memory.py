@@ -53,8 +53,14 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
         activations = _activations(recipe, model, objective, device)
     vocabulary = getattr(recipe.model, "vocabulary", None) or 1
     rows = recipe.trainer.batch * getattr(recipe.data, "block", 1)
-    return TrainingMemory(weights, weights, optimizer, weights if recipe.trainer.ema else 0, activations,
-                          min(_WORK, 3 * 4 * rows * vocabulary))
+    return TrainingMemory(
+        weights,
+        weights,
+        optimizer,
+        weights if recipe.trainer.ema else 0,
+        activations,
+        min(_WORK, 3 * 4 * rows * vocabulary),
+    )
 
 
 def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
@@ -64,8 +70,12 @@ def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
     for p in named:
         p.value.grad = torch.zeros_like(p.value)
     optimizer.step()
-    size = sum(value.numel() * value.element_size() for state in optimizer.state.values()
-               for value in state.values() if isinstance(value, torch.Tensor))
+    size = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     for p in named:
         p.value.grad = None
     return size
@@ -89,8 +99,11 @@ def _activations(recipe: Recipe, model: nn.Module, objective: Objective, device:
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = recipe.trainer.recompute
     try:
-        with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                autocast(device, recipe.trainer):
+        with (
+            warnings.catch_warnings(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            autocast(device, recipe.trainer),
+        ):
             warnings.simplefilter("ignore")
             result = objective(model, objective.prepare(batch, Key(0)), Key(0))
             sum(term.total for term in result.terms.values())

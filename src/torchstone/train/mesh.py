@@ -80,8 +80,10 @@ def build_mesh(spec: ParallelSpec, device: torch.device) -> Mesh:
         raise TorchstoneError(f"parallel.{wide[0]}: {getattr(spec, wide[0])} asked, only data may be more than 1 today")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if spec.data != world:
-        raise TorchstoneError(f"parallel.data: {spec.data} ranks asked, {world} running; start {spec.data} with "
-                              f"torchrun --nproc-per-node {spec.data} -m torchstone train ...")
+        raise TorchstoneError(
+            f"parallel.data: {spec.data} ranks asked, {world} running; start {spec.data} with "
+            f"torchrun --nproc-per-node {spec.data} -m torchstone train ..."
+        )
     if world == 1:
         return Mesh()
     if not dist.is_initialized():

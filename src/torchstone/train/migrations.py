@@ -27,7 +27,9 @@ def migrate(document: Literal["recipe", "config"], data: Any, version: int, path
         TorchstoneError: the format is newer than this installation, or no longer known.
     """
     if version > FORMAT_VERSION:
-        raise TorchstoneError(f"{path}: written in format {version}, this torchstone reads up to {FORMAT_VERSION}; upgrade it")
+        raise TorchstoneError(
+            f"{path}: written in format {version}, this torchstone reads up to {FORMAT_VERSION}; upgrade it"
+        )
     if version < 1:
         raise TorchstoneError(f"{path}: format {version} is unknown; formats are 1 to {FORMAT_VERSION}")
     for at in range(version, FORMAT_VERSION):

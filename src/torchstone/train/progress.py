@@ -29,14 +29,21 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"),
-                            TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._task = self._bar.add_task("train", total=self.steps, completed=self.start, text="")
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -69,9 +76,15 @@ class Progress:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    names = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tok/s", "mfu": "mfu {:.1%}",
-             "valid_loss": "valid loss {:.4f}", "valid_bits_per_byte": "valid {:.4f} bits/byte",
-             "test_loss": "test loss {:.4f}", "test_bits_per_byte": "test {:.4f} bits/byte"}
+    names = {
+        "loss": "loss {:.4f}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
+        "valid_loss": "valid loss {:.4f}",
+        "valid_bits_per_byte": "valid {:.4f} bits/byte",
+        "test_loss": "test loss {:.4f}",
+        "test_bits_per_byte": "test {:.4f} bits/byte",
+    }
     return "  ".join(form.format(row[name]) for name, form in names.items() if row.get(name) is not None)
 
 

@@ -1,13 +1,13 @@
 """A run directory: self-contained, and the only thing that passes between commands.
 
-    recipe.yaml            the resolved recipe
-    config.json            model spec and format version; valid for Hugging Face Auto classes
-    generation_config.json, tokenizer.json, tokenizer_config.json
-    model.safetensors      the weights of the newest checkpoint (model_ema.safetensors: their moving average)
-    metrics.jsonl          one JSON object a row
-    environment.json       versions, device, threads
-    plots/                 learning curve
-    state/                 what resuming needs
+recipe.yaml            the resolved recipe
+config.json            model spec and format version; valid for Hugging Face Auto classes
+generation_config.json, tokenizer.json, tokenizer_config.json
+model.safetensors      the weights of the newest checkpoint (model_ema.safetensors: their moving average)
+metrics.jsonl          one JSON object a row
+environment.json       versions, device, threads
+plots/                 learning curve
+state/                 what resuming needs
 """
 
 from __future__ import annotations
@@ -56,11 +56,17 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
     """
     own = {parameter_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    shapes = [f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
-              for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
     if missing or surplus or shapes:
-        said = [f"missing {_some(missing)}" if missing else "", f"not of this model {_some(surplus)}" if surplus else "",
-                _some(shapes) if shapes else ""]
+        said = [
+            f"missing {_some(missing)}" if missing else "",
+            f"not of this model {_some(surplus)}" if surplus else "",
+            _some(shapes) if shapes else "",
+        ]
         raise TorchstoneError(f"{where}: {'; '.join(part for part in said if part)}")
     with torch.no_grad():
         for name, value in own.items():
@@ -106,14 +112,26 @@ class RunFolder:
         if above is not None and not above.is_dir():
             raise TorchstoneError(f"{above}: is a file, not a folder for a run")
         if self.exists():
-            raise TorchstoneError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
+            raise TorchstoneError(
+                f"{self.path}: holds a run already; continue it with --resume or choose another --out"
+            )
         # what a kill may leave of a run before its recipe was written is not somebody else's
-        others = [entry.name for entry in self.path.iterdir()
-                  if not entry.name.startswith(".")] if self.path.is_dir() else []
-        foreign = set(others) - {"config.json", "environment.json", "generation_config.json", "tokenizer.json",
-                                 "tokenizer_config.json"}
+        others = (
+            [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            if self.path.is_dir()
+            else []
+        )
+        foreign = set(others) - {
+            "config.json",
+            "environment.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
         if foreign:
-            raise TorchstoneError(f"{self.path}: exists and is not a run (it holds {min(foreign)}); choose another --out")
+            raise TorchstoneError(
+                f"{self.path}: exists and is not a run (it holds {min(foreign)}); choose another --out"
+            )
 
     # -- reading
 
@@ -133,8 +151,10 @@ class RunFolder:
         path = self.path / "config.json"
         config = read_json(path)
         if not isinstance(config, dict) or config.get("model_type") != "torchstone":
-            raise TorchstoneError(f"{path}: not torchstone's (model_type is "
-                                  f"{config.get('model_type') if isinstance(config, dict) else None!r})")
+            raise TorchstoneError(
+                f"{path}: not torchstone's (model_type is "
+                f"{config.get('model_type') if isinstance(config, dict) else None!r})"
+            )
         return migrate("config", config, self._version(config), path)
 
     def _version(self, config: Mapping[str, Any] | None = None) -> int:
@@ -161,7 +181,9 @@ class RunFolder:
         """
         path = self.path / ("model.safetensors" if weights == "last" else "model_ema.safetensors")
         if not path.is_file():
-            what = "no weights yet; it stopped before its first checkpoint" if weights == "last" else "no moving average"
+            what = (
+                "no weights yet; it stopped before its first checkpoint" if weights == "last" else "no moving average"
+            )
             raise TorchstoneError(f"{self.path}: {what}")
         model = build_model(self.model_spec, None, device)
         load_weights(model, load_tensors(path), path)
@@ -195,11 +217,21 @@ class RunFolder:
         """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run."""
         with full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.state, self.path / "plots"):
+            for stale in folder.glob(".*.tmp"):  # left by a kill
+                stale.unlink(missing_ok=True)
         if tokenizer is not None:
             tokenizer.save(self.path)
-            write_json(self.path / "generation_config.json", {
-                "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
-                "pad_token_id": tokenizer.pad, "do_sample": True, "max_new_tokens": 256})
+            write_json(
+                self.path / "generation_config.json",
+                {
+                    "bos_token_id": tokenizer.separator,
+                    "eos_token_id": tokenizer.separator,
+                    "pad_token_id": tokenizer.pad,
+                    "do_sample": True,
+                    "max_new_tokens": 256,
+                },
+            )
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config_of(recipe.model, tokenizer))
         write_bytes(self.path / "recipe.yaml", recipe.yaml().encode())
@@ -210,13 +242,16 @@ class RunFolder:
             file = checkpoint / f"{source}.safetensors"
             if not file.exists():
                 continue
-            temporary = self.path / f".{target}.{os.getpid()}.tmp"
+            final, temporary = self.path / f"{target}.safetensors", self.path / f".{target}.{os.getpid()}.tmp"
+            if final.exists() and final.samefile(file):
+                continue  # to rename a link over another link to the same file does nothing and leaves both
             temporary.unlink(missing_ok=True)
-            try:
-                os.link(file, temporary)
-            except OSError:
-                shutil.copyfile(file, temporary)
-            os.replace(temporary, self.path / f"{target}.safetensors")
+            with full_disk(self.path):
+                try:
+                    os.link(file, temporary)
+                except OSError:
+                    shutil.copyfile(file, temporary)
+                os.replace(temporary, final)
 
     def trim_metrics(self, step: int) -> None:
         """Drop rows after `step`: a resumed run writes them again."""
@@ -232,13 +267,26 @@ def config_of(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
     heads = body.get("attention", {}).get("heads") if isinstance(body.get("attention"), dict) else None
     tops = {"lm": "ForCausalLM", "mlm": "ForMaskedLM", "classification": "ForSequenceClassification"}
     head = (body.get("head") or {}).get("kind", "")
-    facts = {"vocab_size": body.get("vocabulary"), "hidden_size": body.get("width"),
-             "num_hidden_layers": body.get("depth"), "num_attention_heads": heads,
-             "max_position_embeddings": body.get("context"), "is_encoder_decoder": body.get("encoder") is not None,
-             "tie_word_embeddings": (body.get("head") or {}).get("tied")}
+    facts = {
+        "vocab_size": body.get("vocabulary"),
+        "hidden_size": body.get("width"),
+        "num_hidden_layers": body.get("depth"),
+        "num_attention_heads": heads,
+        "max_position_embeddings": body.get("context"),
+        "is_encoder_decoder": body.get("encoder") is not None,
+        "tie_word_embeddings": (body.get("head") or {}).get("tied"),
+    }
     if tokenizer is not None:
-        facts |= {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
-                  "pad_token_id": tokenizer.pad}
-    return {"model_type": "torchstone", "architectures": [f"Torchstone{tops.get(head, 'Model')}"],
-            "format_version": FORMAT_VERSION, **{name: value for name, value in facts.items() if value is not None},
-            "torch_dtype": "float32", "spec": body}
+        facts |= {
+            "bos_token_id": tokenizer.separator,
+            "eos_token_id": tokenizer.separator,
+            "pad_token_id": tokenizer.pad,
+        }
+    return {
+        "model_type": "torchstone",
+        "architectures": [f"Torchstone{tops.get(head, 'Model')}"],
+        "format_version": FORMAT_VERSION,
+        **{name: value for name, value in facts.items() if value is not None},
+        "torch_dtype": "float32",
+        "spec": body,
+    }

@@ -13,23 +13,35 @@ from torch import nn
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
+from torchstone.keys import Key
 from torchstone.model.measure import measure
 from torchstone.model.transformer import TransformerSpec
-from torchstone.objectives import Facts
+from torchstone.objectives import Facts, Objective
 from torchstone.ops.compiler import compiler_works
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Changes
 from torchstone.train.checkpoint import load_tensors
-from torchstone.train.engine import Source, Trainer
-from torchstone.train.environment import BITWISE, choose_device, choose_precision, choose_threads, environment
+from torchstone.train.engine import Source, Split, Trainer
+from torchstone.train.environment import BITWISE, autocast, choose_device, choose_precision, choose_threads, environment
 from torchstone.train.mesh import Mesh, build_mesh
+from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
 
 __all__ = ["MAY_CHANGE", "train"]
 
-MAY_CHANGE = ("trainer.log_every", "trainer.save_every", "trainer.keep_last", "trainer.keep_best", "trainer.device",
-              "trainer.threads", "trainer.compile", "trainer.tensorboard", "trainer.steps", "evaluate.")
+MAY_CHANGE = (
+    "trainer.log_every",
+    "trainer.save_every",
+    "trainer.keep_last",
+    "trainer.keep_best",
+    "trainer.device",
+    "trainer.threads",
+    "trainer.compile",
+    "trainer.tensorboard",
+    "trainer.steps",
+    "evaluate.",
+)
 """Fields in which a resumed recipe may differ from the run's."""
 
 
@@ -63,10 +75,11 @@ def train(
     for line in changes.lines:
         say(line)
     going_on = resume and folder.exists()
-    if not going_on:
-        folder.check_free()
     if going_on:
         recipe = _keep_choices(recipe, folder.recipe)
+        _check_same(recipe, folder)
+    else:
+        folder.check_free()
     threads = choose_threads(recipe.trainer.threads)
     torch.set_num_threads(threads)
     device = choose_device(recipe.trainer.device)
@@ -74,11 +87,12 @@ def train(
     prepared = recipe.data.prepare(say if mesh.first else None)
     say(prepared.description)
     recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
-    objective = recipe.objective.build(_facts(prepared.tokenizer))
+    objective = _objective(recipe, _facts(prepared.tokenizer))
     checkpoint = None
     if going_on:
-        _check_resume(recipe, folder, prepared.hash)
+        _check_corpus(folder, prepared.hash)
         checkpoint = folder.checkpoints().load()
+        _check_steps(recipe, folder.recipe, 0 if checkpoint is None else checkpoint.step)
     model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
     if checkpoint is None and recipe.init_from is not None:
         source = RunFolder(recipe.init_from).require()
@@ -87,21 +101,34 @@ def train(
         stack.recompute = recipe.trainer.recompute
     block = getattr(recipe.data, "block", 1)
     costs = measure(model, block)
+    _rehearse(model, objective, prepared.train, recipe, device)
     compiled = _compile(model, recipe, costs.flops_per_token, say)
     facts = environment(device, threads, compiled, mesh.ranks) | {"corpus": prepared.hash}
-    recorder = _tensorboard(recipe, folder) if mesh.first else None
+    writer = _tensorboard(recipe)
     trainer = Trainer(
-        model, objective, Source(prepared.train, prepared.valid, prepared.test), recipe.optimizer, recipe.schedule,
-        recipe.trainer, recipe.evaluate, device, mesh, folder,
-        {"recipe": recipe.hash(), "format_version": 1}, costs.flops_per_token, quiet, recorder)
+        model,
+        objective,
+        Source(prepared.train, prepared.valid, prepared.test),
+        recipe.optimizer,
+        recipe.schedule,
+        recipe.trainer,
+        recipe.evaluate,
+        device,
+        mesh,
+        folder,
+        {"recipe": recipe.hash(), "format_version": FORMAT_VERSION},
+        costs.flops_per_token,
+        quiet,
+    )
     if going_on:
         _warn_bitwise(folder, facts, say)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         if mesh.first:
-            folder.trim_metrics(trainer.step)
+            folder.trim_metrics(trainer.step if checkpoint is not None else -1)
             folder.begin(recipe, prepared.tokenizer, facts)
-        trainer.rows = folder.metrics()
+            if checkpoint is not None:  # a kill may have come between the checkpoint and its publication
+                folder.publish(folder.state / checkpoint.name)
         if checkpoint is not None and trainer.step >= recipe.trainer.steps:
             say(f"{folder.path}: finished at step {trainer.step}; nothing left to train")
         else:
@@ -109,16 +136,21 @@ def train(
     elif mesh.first:
         folder.begin(recipe, prepared.tokenizer, facts)
     mesh.barrier()
-    say(f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
+    trainer.rows = folder.metrics()
+    if mesh.first and writer is not None:
+        trainer.tensorboard = writer(str(folder.path / "tensorboard"))
+    say(
+        f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
         f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} x {block} tokens on {device.type}, "
-        f"{threads} threads, {recipe.trainer.precision}, compile {compiled}")
+        f"{threads} threads, {recipe.trainer.precision}, compile {compiled}"
+    )
     try:
         trainer.fit()
     finally:
         if mesh.first and trainer.rows:
             plot_curve(folder.metrics(), folder.path / "plots" / "learning_curve.png", folder.path.name)
-        if recorder is not None:
-            recorder.close()
+        if trainer.tensorboard is not None:
+            trainer.tensorboard.close()
     return folder
 
 
@@ -154,27 +186,89 @@ def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Rec
         patch["model"] = model
         vocabulary = recipe.model.vocabulary
         if vocabulary is not None and prepared.tokenizer is not None and vocabulary < prepared.tokenizer.vocabulary:
-            raise TorchstoneError(f"model.vocabulary: {vocabulary} is fewer than the tokenizer's {prepared.tokenizer.vocabulary}")
+            raise TorchstoneError(
+                f"model.vocabulary: {vocabulary} is fewer than the tokenizer's {prepared.tokenizer.vocabulary}"
+            )
     return recipe.override(patch)
 
 
-def _check_resume(recipe: Recipe, folder: RunFolder, corpus: str) -> None:
+def _objective(recipe: Recipe, facts: Facts) -> Objective:
+    """The objective, keyed by the seed: modules that are not ours draw first values from torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Key(recipe.trainer.seed).fold("objective").value & (2**63 - 1))
+        return recipe.objective.build(facts)
+
+
+def _rehearse(model: nn.Module, objective: Objective, split: Split, recipe: Recipe, device: torch.device) -> None:
+    """A small forward, so that what does not go together is said before anything is written.
+
+    Raises:
+        TorchstoneError: the objective, the data and the model do not go together.
+    """
+    objective.check(model)
+    model.eval()
+    objective.to(device).eval()
+    batch = split.batch(Key(0), 0, min(2, recipe.trainer.batch))
+    with torch.no_grad(), autocast(device, recipe.trainer):
+        objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+    model.train()
+    objective.train()
+
+
+def _check_same(recipe: Recipe, folder: RunFolder) -> None:
     """Refuse to go on with another training.
 
     Raises:
-        TorchstoneError: names the fields that differ, or says that the corpus does.
+        TorchstoneError: names the fields that differ.
     """
-    differ = [field for field in recipe.differences(folder.recipe) if not field.startswith(MAY_CHANGE)]
+    before = folder.recipe
+    # what the data decide may stand open in the recipe and is filled in by `_resolve`
+    filled = {
+        name: getattr(before.model, name)
+        for name in ("vocabulary", "context")
+        if getattr(recipe.model, name, 0) is None and recipe.model.kind == before.model.kind
+    }
+    same = recipe.override({"model": filled}) if filled else recipe
+    differ = [field for field in same.differences(before) if not field.startswith(MAY_CHANGE)]
     if differ:
         raise TorchstoneError(f"{folder.path}: --resume needs the run's own recipe; different: {'; '.join(differ[:5])}")
+
+
+def _check_corpus(folder: RunFolder, corpus: str) -> None:
+    """Refuse to go on with another text.
+
+    Raises:
+        TorchstoneError: the corpus changed since the run began.
+    """
     before = read_json(folder.path / "environment.json").get("corpus")
     if before is not None and before != corpus:
-        raise TorchstoneError(f"{folder.path}: the corpus changed since the run began ({before[:12]} then, {corpus[:12]} now)")
+        raise TorchstoneError(
+            f"{folder.path}: the corpus changed since the run began ({before[:12]} then, {corpus[:12]} now)"
+        )
+
+
+def _check_steps(recipe: Recipe, before: Recipe, done: int) -> None:
+    """Refuse another number of steps where the steps already done would have had another learning rate.
+
+    Raises:
+        TorchstoneError: names the first such step.
+    """
+    old, new, factor = before.trainer.steps, recipe.trainer.steps, recipe.schedule.factor
+    if old == new:
+        return
+    wrong = next((step for step in range(done) if factor(step, old) != factor(step, new)), None)
+    if wrong is not None:
+        raise TorchstoneError(
+            f"trainer.steps: {new} cannot continue a run of {old}: under schedule {recipe.schedule.kind} the learning "
+            f"rate would have differed from step {wrong + 1} on; a constant schedule can be extended"
+        )
 
 
 def _warn_bitwise(folder: RunFolder, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
     before = read_json(folder.path / "environment.json")
-    differ = [f"{name} {before.get(name)} -> {facts.get(name)}" for name in BITWISE if before.get(name) != facts.get(name)]
+    differ = [
+        f"{name} {before.get(name)} -> {facts.get(name)}" for name in BITWISE if before.get(name) != facts.get(name)
+    ]
     if differ:
         say(f"resuming elsewhere ({', '.join(differ)}): losses will agree closely, not bit for bit")
 
@@ -199,11 +293,12 @@ def _compile(model: nn.Module, recipe: Recipe, flops: float, say: Callable[[str]
     return "on"
 
 
-def _tensorboard(recipe: Recipe, folder: RunFolder) -> Any:
+def _tensorboard(recipe: Recipe) -> Any:
+    """The class that writes events; None if the recipe wants none."""
     if not recipe.trainer.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TorchstoneError("trainer.tensorboard: needs the extra `track`: pip install 'torchstone[track]'") from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    return SummaryWriter

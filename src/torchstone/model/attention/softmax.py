@@ -7,7 +7,7 @@ arXiv 2408.00118), a free scale (T5 uses 1). Where the site has a memory it is a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -89,7 +89,7 @@ class _Softmax(Attention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention and output projection: (B, T, D), and the probabilities if somebody wants them."""
         probs, dropping = None, self.spec.dropout > 0 and ctx.key is not None
-        arguments = {"scale": self.scale, "softcap": self.spec.softcap}
+        arguments: dict[str, Any] = {"scale": self.scale, "softcap": self.spec.softcap}
         if self.gives.probs or dropping or ctx.hears("probs"):
             if low.mask_of is not None:
                 low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])

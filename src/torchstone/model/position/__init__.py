@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torchstone.model.tokens import Tokens
+from torchstone.ops.rotate import rotate
 from torchstone.spec import PartSpec, lazy_parts
 
 __all__ = ["Position", "PositionSpec", "Positions", "Rotation"]
@@ -35,23 +36,11 @@ class Rotation:
 
     def q(self, x_BHTK: torch.Tensor) -> torch.Tensor:
         """Rotated queries."""
-        return self._turn(x_BHTK)
+        return rotate(x_BHTK, self.cos, self.sin, self.interleaved)
 
     def k(self, x_BHTK: torch.Tensor) -> torch.Tensor:
         """Rotated keys."""
-        return self._turn(x_BHTK)
-
-    def _turn(self, x: torch.Tensor) -> torch.Tensor:
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        half = cos.shape[-1]
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        if self.interleaved:
-            a, b = turned[..., ::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        return rotate(x_BHTK, self.cos, self.sin, self.interleaved)
 
 
 class Position(nn.Module):
@@ -98,6 +87,10 @@ class Positions(nn.ModuleDict):
         super().__init__()
         self.context, self.causal = context, causal
         self._made: dict[object, str] = {}
+
+    def modules_by_key(self) -> dict[str, Position]:
+        """The modules by key."""
+        return dict(self.items())  # type: ignore[arg-type]
 
     def add(self, spec: PositionSpec, dim: int, heads: int, width: int) -> str:
         """Key of the module for these arguments, made if it is new."""

@@ -116,20 +116,25 @@ class Stack(nn.Module):
         self.recompute = False
 
     @property
+    def blocks(self) -> list[Block]:
+        """The layers."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
     def limit(self) -> int | None:
         """Largest number of positions that all position modules know; None if any."""
-        limits = [module.limit for module in self.positions.values() if module.limit is not None]
-        return min(limits, default=None)
+        limits = [module.limit for module in self.positions.modules_by_key().values()]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def added(self, where_BT: torch.Tensor) -> torch.Tensor | None:
         """Position embeddings (B|1, T, D) to add to the input, if the position is of that kind."""
-        return None if self.absolute is None else self.positions[self.absolute].embed(where_BT)
+        return None if self.absolute is None else self.positions.modules_by_key()[self.absolute].embed(where_BT)
 
     def state_spec(self) -> dict[str, tuple[Slot, ...]]:
         """Slots by path within the stack ("layers.3.attention")."""
         return {
             f"layers.{i}.{name}": slots
-            for i, layer in enumerate(self.layers)
+            for i, layer in enumerate(self.blocks)
             for name, slots in layer.state_spec().items()
         }
 
@@ -138,11 +143,11 @@ class Stack(nn.Module):
         if parts is None:
             return None
         lead = f"layers.{i}."
-        return {name: parts[lead + name] for name in self.layers[i].attentions if lead + name in parts}
+        return {name: parts[lead + name] for name in self.blocks[i].attentions if lead + name in parts}
 
     def prepare(self, ctx: Context) -> None:
         """Make masks and rotations before the layers, so that compiled layers all see the same context."""
-        for layer in self.layers:
+        for layer in self.blocks:
             layer.prepare(ctx)
 
     def forward(

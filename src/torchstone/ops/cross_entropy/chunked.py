@@ -27,10 +27,16 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _logits(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
-    z = at_least_float32(h @ weight.T)
+    """Logits (n, V), in the dtype of the product until something is added to them."""
+    z = h @ weight.T
     if bias is not None:
-        z = z + at_least_float32(bias)
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+        z = at_least_float32(z) + at_least_float32(bias)
+    return z if softcap is None else softcap * torch.tanh(at_least_float32(z) / softcap)
+
+
+def _log_probabilities(z: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in at least float32: one fused pass, where log-sum-exp and a subtraction take three."""
+    return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 class _Chunked(torch.autograd.Function):
@@ -51,22 +57,22 @@ class _Chunked(torch.autograd.Function):
             keep, target, by = used[part], targets_N[part].clamp(min=0)[:, None], scale[part][:, None]
             h = torch.where(keep[:, None], h_ND[part], 0).to(dtype)
             z = _logits(h, weight, bias_V, softcap)
-            lse = torch.logsumexp(z, -1, keepdim=True)
-            total = total + (by * (lse - z.gather(1, target))).sum()
+            logp = _log_probabilities(z)
+            total = total - (by * logp.gather(1, target)).sum()
             if not (want_h or want_w or want_b):
                 continue
-            g = torch.exp(z - lse)
+            g = logp.exp_()
             g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
-            g.mul_(by)
             if softcap is not None:
                 g.mul_(1 - (z / softcap) ** 2)
             if grad_b is not None:
-                grad_b += g.sum(0)
+                grad_b += (by.T @ g)[0]
+            # a row's weight goes onto its D channels rather than onto its V logits: V is larger
             g = g.to(dtype)
             if grad_h is not None:
-                grad_h[part] = g @ weight
+                grad_h[part] = (g @ weight) * by
             if grad_w is not None:
-                grad_w += g.T @ h
+                grad_w += g.T @ (h * by).to(dtype)
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         return total
 
@@ -107,6 +113,6 @@ def chunked_nll(
         target = targets_N[a : a + rows]
         h = torch.where((target >= 0)[:, None], h_ND[a : a + rows], 0).to(dtype)
         z = _logits(h, weight, bias_V, softcap)
-        nll = torch.logsumexp(z, -1) - z.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        nll = -_log_probabilities(z).gather(1, target.clamp(min=0)[:, None])[:, 0]
         parts.append(torch.where(target >= 0, nll, 0.0))
     return torch.cat(parts) if parts else h_ND.new_zeros(0)

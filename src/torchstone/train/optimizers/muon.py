@@ -38,8 +38,15 @@ class MuonSpec(OptimizerSpec):
         groups: list[dict[str, Any]] = []
         hidden = [p for p in named if p.hidden]
         if hidden:
-            groups.append({"params": [p.value for p in hidden], "slices": [p.slices for p in hidden], "muon": True,
-                           "weight_decay": self.weight_decay, "peak": self.lr})
+            groups.append(
+                {
+                    "params": [p.value for p in hidden],
+                    "slices": [p.slices for p in hidden],
+                    "muon": True,
+                    "weight_decay": self.weight_decay,
+                    "peak": self.lr,
+                }
+            )
         rest = [p for p in named if not p.hidden]
         groups += decay_groups(rest, self.weight_decay, peak=self.lr, muon=False)  # type: ignore[arg-type]
         return Muon(groups, self.lr, self)

@@ -1,0 +1,148 @@
+"""A training that takes a second: its recipe, its text, its trainer."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchstone.recipe import Recipe, load_recipe
+from torchstone.train.checkpoint import load_tensors
+from torchstone.train.engine import Source, Trainer
+from torchstone.train.run import RunFolder, build_model
+from torchstone.train.training import _facts, _objective, _resolve
+
+MODEL: dict[str, Any] = {"width": 16, "depth": 1, "attention": {"heads": 2}, "ffn": {"kind": "mlp", "hidden": 24}}
+
+
+def text(path: Path, seed: int = 0, lines: int = 120) -> Path:
+    """A file of words, about 30 bytes a line."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(40)]
+    path.write_text("".join(" ".join(rng.choices(words, k=6)) + ".\n" for _ in range(lines)))
+    return path
+
+
+def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe whose text and cache lie in `folder`; sections are laid over it."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        text(corpus)
+    base: dict[str, Any] = {
+        "model": dict(MODEL),
+        "data": {
+            "corpus": {"kind": "text", "path": str(corpus)},
+            "tokenizer": "bytes",
+            "block": 16,
+            "cache": str(folder / "cache"),
+        },
+        "schedule": {"kind": "constant"},
+        "trainer": {
+            "steps": 4,
+            "batch": 2,
+            "device": "cpu",
+            "threads": 1,
+            "compile": "off",
+            "log_every": 1,
+            "save_every": 2,
+        },
+        "evaluate": {"every": 4, "blocks": 2},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
+    return base
+
+
+MASKED: dict[str, Any] = {
+    "model": {**MODEL, "causal": False, "head": "mlm"},
+    "objective": {"kind": "masked_lm", "rate": 0.3},
+}
+"""Sections that make it a masked language model."""
+
+
+def resolved(data: Recipe | dict[str, Any]) -> tuple[Recipe, Any]:
+    """The recipe with what its data decide filled in, and the data."""
+    loaded = data if isinstance(data, Recipe) else load_recipe(data)
+    prepared = loaded.data.prepare()
+    precision = "fp32" if loaded.trainer.precision == "auto" else loaded.trainer.precision
+    return _resolve(loaded, prepared, 1, precision), prepared
+
+
+def trainer(data: dict[str, Any], dtype: torch.dtype = torch.float32, **fields: Any) -> Trainer:
+    """A trainer in memory, without a run directory."""
+    full, prepared = resolved(data)
+    objective = _objective(full, _facts(prepared.tokenizer)).to(dtype)
+    model = build_model(full.model, full.trainer.seed).to(dtype)
+    for stack in getattr(model, "stacks", {}).values():
+        stack.recompute = full.trainer.recompute
+    source = Source(prepared.train, prepared.valid, prepared.test)
+    made: dict[str, Any] = {"quiet": True, "evaluate": full.evaluate, **fields}
+    return Trainer(model, objective, source, full.optimizer, full.schedule, full.trainer, **made)
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder` with its content; None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+class Cut(BaseException):
+    """A power cut, as far as one process can have it: nothing after it runs but `finally`."""
+
+
+@contextmanager
+def cut_after(steps: int) -> Iterator[None]:
+    """The training inside is cut once it has done that many steps, before it logs or saves the last of them."""
+    whole = Trainer.train_step
+
+    def step(self: Trainer) -> dict[str, Any]:
+        row = whole(self)
+        if self.step >= steps:
+            raise Cut
+        return row
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Cut):
+        patch.setattr(Trainer, "train_step", step)
+        yield
+
+
+def rows_without_times(run: RunFolder) -> list[dict[str, Any]]:
+    """Rows of metrics without what a clock decides."""
+    clock = ("seconds_per_step", "tokens_per_second")
+    return [{name: value for name, value in row.items() if name not in clock} for row in run.metrics()]
+
+
+def assert_same_run(found: RunFolder, wanted: RunFolder) -> None:
+    """Weights, averages, optimiser, objective and metrics agree bit for bit."""
+    newest = [(folder.state / "LATEST").read_text() for folder in (found, wanted)]
+    assert newest[0] == newest[1]
+    files = [sorted(path.name for path in (folder.state / newest[0]).iterdir()) for folder in (found, wanted)]
+    assert files[0] == files[1]
+    for name in files[1]:
+        ours, theirs = found.state / newest[0] / name, wanted.state / newest[0] / name
+        if name == "state.json":
+            vary = {"recipe": 0, "sha256": 0, "files": 0}
+            assert {**json.loads(ours.read_text()), **vary} == {**json.loads(theirs.read_text()), **vary}
+        else:
+            assert_same_tensors(ours, theirs)
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        assert (found.path / name).exists() == (wanted.path / name).exists()
+        if (wanted.path / name).exists():
+            assert_same_tensors(found.path / name, wanted.path / name)
+    assert rows_without_times(found) == rows_without_times(wanted)
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    """Two files hold the same tensors, bit for bit."""
+    ours, theirs = load_tensors(found), load_tensors(wanted)
+    assert ours.keys() == theirs.keys()
+    differ = [name for name, value in theirs.items() if not torch.equal(ours[name], value)]
+    assert not differ, f"{wanted.name}: {differ} differ"
