@@ -1,7 +1,8 @@
 """Side-by-side timing: each peer in a process of its own, rounds interleaved, the median ratio with an interval.
 
-A peer is a script that, started with ``--peer NAME``, sets itself up, warms up, prints ``ready``, and then for every line
-on its standard input does one unit of work and prints a JSON object {"seconds": ..., ...}. Only one peer works at a time.
+A peer is a script that, started with ``--peer NAME``, sets itself up, warms up, prints ``ready``, and then for every
+line on its standard input does one unit of work and prints a JSON object {"seconds": ..., ...}. Only one peer works at
+a time.
 """
 
 from __future__ import annotations

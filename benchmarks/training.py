@@ -150,9 +150,10 @@ def main() -> None:
         report[mode] = {"seconds": seconds, "ratio": ratio(seconds[names[0]], seconds[names[1]])}
         median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
         low, high = report[mode]["ratio"]["low"], report[mode]["ratio"]["high"]
+        rates = {name: ROWS * LENGTH / value for name, value in median.items()}
         print(
-            f"{mode:<9} ours {ROWS * LENGTH / median[names[0]]:7,.0f} tok/s   theirs {ROWS * LENGTH / median[names[1]]:7,.0f} "
-            f"tok/s   ratio {report[mode]['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]"
+            f"{mode:<9} ours {rates[names[0]]:7,.0f} tok/s   theirs {rates[names[1]]:7,.0f} tok/s   "
+            f"ratio {report[mode]['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]"
         )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

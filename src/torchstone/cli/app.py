@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their sche
 app.add_typer(recipe_app, name="recipe")
 
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -51,9 +51,9 @@ def _print_json(data: Any) -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe (quickstart) or a YAML file.")],
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="The run directory.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run directory.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    device: Annotated[Optional[str], typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Train a recipe into a run directory."""
@@ -72,19 +72,19 @@ def train(
 def generate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     prompt: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--prompt", help="Text to continue; may be given several times. Without it, standard input or nothing."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[Optional[int], typer.Option(help="Keep the k best tokens.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Keep the best tokens that hold this probability.")] = None,
-    min_p: Annotated[Optional[float], typer.Option(help="Drop tokens below this share of the best one's.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the best tokens that hold this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the best one's.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
     stop: Annotated[
-        Optional[list[str]], typer.Option("--stop", help="End before this text; may be given several times.")
+        list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
@@ -157,7 +157,7 @@ def inspect(
 
 @app.command()
 def parts(
-    family: Annotated[Optional[str], typer.Argument(help="Only this family.")] = None,
+    family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the parts: fields, defaults, bounds, what each is, its paper."""

@@ -77,7 +77,7 @@ class Blocks:
         Returns:
             ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each, -100 where the stream ends; ``start``
             int64 (B, T), index within the block where each token's document starts, 0 if it started before (absent
-            where documents are not separated); ``example`` int64 (B,), block numbers, which are the same in every epoch.
+            where documents are not separated); ``example`` int64 (B,), block numbers, the same in every epoch.
 
         Raises:
             TorchstoneError: the split has no full block.

@@ -260,9 +260,31 @@ class State:
         self.longest = int(self.length_B.max())
         self.uniform = bool((self.length_B == self.longest).all())
 
+    def extend(self, extent: int) -> None:
+        """Make room for `extent` tokens a row; what is held stays."""
+        more = extent - self.extent
+        if more <= 0:
+            return
+
+        def longer(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])], 1)
+
+        for part in self.parts.values():
+            if isinstance(part, Growing):
+                part.rows(longer)
+        self.start_BS = None if self.start_BS is None else longer(self.start_BS)
+        if self.position_BS is not None:
+            order = torch.arange(self.extent, extent, device=self.position_BS.device)
+            self.position_BS = torch.cat([self.position_BS, order.expand(self.rows, -1)], 1)
+        self.extent = extent
+
     def fork(self, rows_N: torch.Tensor) -> State:
         """A state of its own whose row n is this one's row `rows_N[n]`."""
-        return self._copy(lambda tensor: tensor.index_select(0, rows_N))
+        copy = self._copy(lambda tensor: tensor.index_select(0, rows_N))
+        if not self.uniform:  # the longest row may be gone
+            copy.longest = int(copy.length_B.max())
+            copy.uniform = bool((copy.length_B == copy.longest).all())
+        return copy
 
     def snapshot(self) -> State:
         """A state of its own with the same content."""

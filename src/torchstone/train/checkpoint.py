@@ -120,8 +120,13 @@ class Checkpoints:
         Raises:
             TorchstoneError: no space left; what was there stays valid.
         """
-        with full_disk(self.folder):
-            return self._save(step, tensors, facts, best)
+        try:
+            with full_disk(self.folder):
+                return self._save(step, tensors, facts, best)
+        except TorchstoneError as error:
+            latest = self.latest()
+            stays = f"the checkpoint {latest} is good" if latest else "there is no checkpoint yet"
+            raise TorchstoneError(f"{error}; {stays}") from error
 
     def _save(
         self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any], best: bool

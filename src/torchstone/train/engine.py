@@ -191,7 +191,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step; a row of metrics."""
-        self.model.train()
+        self._mode(training=True)
         self.optim.zero_grad(set_to_none=True)
         factor = self.schedule.factor(self.step, self.spec.steps)
         set_factor(self.optim, factor)
@@ -279,7 +279,7 @@ class Trainer:
     @torch.no_grad()
     def measure_split(self, split: Split, prefix: str, limit: int | None = None) -> dict[str, Any]:
         """Loss (and bits per byte, where the objective codes text) over a split, with the averaged weights if kept."""
-        self.model.eval()
+        self._mode(training=False)
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         weights: dict[str, tuple[str, float]] = {}
@@ -297,7 +297,7 @@ class Trainer:
                     weights[name] = term.over, term.weight
                 for name, count in self.objective.counts(batch).items():
                     counts[name] = counts.get(name, 0) + share * count.to(self._wide)
-        self.model.train()
+        self._mode(training=True)
         if not totals:
             return {}
         total = self.mesh.sum(torch.stack(list(totals.values())).cpu())
@@ -310,6 +310,10 @@ class Trainer:
             # every token but the first is a target
             row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
         return row
+
+    def _mode(self, training: bool) -> None:
+        self.model.train(training)
+        self.objective.train(training)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,11 @@ from torchstone.train.checkpoint import Checkpoints, load_tensors
 from torchstone.train.migrations import FORMAT_VERSION, migrate
 
 __all__ = ["RunFolder", "build_model", "load_weights"]
+
+
+_FIXED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "environment.json", "config.json",
+          "recipe.yaml")
+"""What is written when a run begins, in this order."""
 
 
 class _ModelHolder(Spec):
@@ -214,24 +220,38 @@ class RunFolder:
     # -- writing
 
     def begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
-        """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run."""
+        """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run.
+
+        Raises:
+            TorchstoneError: the disk is full or read-only; a run that was not there before is then not there.
+        """
+        fresh = not self.exists()
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self._begin(recipe, tokenizer, environment)
+        except Exception:
+            if fresh:
+                for name in _FIXED:
+                    (self.path / name).unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def _begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
         with full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.state, self.path / "plots"):
             for stale in folder.glob(".*.tmp"):  # left by a kill
                 stale.unlink(missing_ok=True)
         if tokenizer is not None:
-            tokenizer.save(self.path)
-            write_json(
-                self.path / "generation_config.json",
-                {
-                    "bos_token_id": tokenizer.separator,
-                    "eos_token_id": tokenizer.separator,
-                    "pad_token_id": tokenizer.pad,
-                    "do_sample": True,
-                    "max_new_tokens": 256,
-                },
-            )
+            with full_disk(self.path), tempfile.TemporaryDirectory() as made:
+                tokenizer.save(made)
+                for name in _FIXED[:2]:
+                    write_bytes(self.path / name, Path(made, name).read_bytes())
+            write_json(self.path / "generation_config.json", {
+                "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
+                "pad_token_id": tokenizer.pad, "do_sample": True, "max_new_tokens": 256})
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config_of(recipe.model, tokenizer))
         write_bytes(self.path / "recipe.yaml", recipe.yaml().encode())

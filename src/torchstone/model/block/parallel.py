@@ -1,4 +1,4 @@
-"""Attention and feed-forward side by side on one read of the stream (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311)."""
+"""Attention and feed-forward side by side on one read of the stream (Chowdhery et al. 2022, arXiv 2204.02311)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T5's relative bias (Raffel et al. 2019, arXiv 1910.10683, section 2.1): a learned number per head and distance bucket.
+"""T5's relative bias (Raffel et al. 2019, arXiv 1910.10683, section 2.1): a learned number per head and distance.
 
 Half the buckets hold one distance each, the other half grow logarithmically up to `far`; both directions get buckets of
 their own in an encoder. One table serves all layers of a stack.

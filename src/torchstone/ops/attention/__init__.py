@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torchstone.ops import forced_reference
+from torchstone.ops.attention.decode import decode_loops, decode_wide
 from torchstone.ops.attention.reference import attention_reference, scores_reference
 
 __all__ = ["attention", "attention_reference", "blockwise", "scores_reference"]
@@ -37,12 +38,19 @@ def attention(
     if causal and T != S:  # SDPA aligns `is_causal` with the first key; we align the last query with the last key
         mask_BHTS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)[None, None]
         causal = False
+    on_cpu = q_BHTK.device.type == "cpu"
+    if T == 1 and on_cpu and torch.compiler.is_compiling():
+        return decode_loops(q_BHTK, k_BGSK, v_BGSV, scale=scale, mask_BH1S=mask_BHTS)
+    wide = T == 1 and on_cpu and q_BHTK.dtype in (torch.bfloat16, torch.float16)
     if mask_BHTS is not None and mask_BHTS.dtype != torch.bool:
-        mask_BHTS = mask_BHTS.to(q_BHTK.dtype)
-    if T == 1 and H != G and (mask_BHTS is None or mask_BHTS.shape[1] == 1):
+        mask_BHTS = mask_BHTS.to(torch.float32 if wide else q_BHTK.dtype)
+    if T == 1 and (wide or H != G):
         # one query per row: the heads of a group become the queries of one head, and no key is copied
-        out = F.scaled_dot_product_attention(q_BHTK.reshape(B, G, H // G, K), k_BGSK, v_BGSV, mask_BHTS, scale=scale)
-        return out.reshape(B, H, 1, -1)
+        q_BGRK = q_BHTK.reshape(B, G, H // G, K)
+        if mask_BHTS is not None and mask_BHTS.shape[1] != 1:
+            mask_BHTS = mask_BHTS.reshape(mask_BHTS.shape[0], G, H // G, S)
+        kernel = decode_wide if wide else F.scaled_dot_product_attention
+        return kernel(q_BGRK, k_BGSK, v_BGSV, mask_BHTS, scale=scale).reshape(B, H, 1, -1)
     if H != G:
         k_BGSK = k_BGSK.repeat_interleave(H // G, dim=1)
         v_BGSV = v_BGSV.repeat_interleave(H // G, dim=1)

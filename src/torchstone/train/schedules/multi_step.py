@@ -1,4 +1,4 @@
-"""A learning rate that falls in steps (DeepSeek LLM, arXiv 2401.02954, section 2.3: to 31.6 % at 80 %, 10 % at 90 %)."""
+"""A learning rate that falls in steps (DeepSeek LLM, arXiv 2401.02954, section 2.3)."""
 
 from __future__ import annotations
 
