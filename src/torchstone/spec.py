@@ -9,6 +9,7 @@ process: the kind is resolved by importing that one file, then by entry points o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -100,6 +101,8 @@ class PartSpec(Spec):
 
     family: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    offered: ClassVar[bool] = True
+    """Whether messages and listings name the kind; stacks place kinds that nobody should ask for."""
     paper: ClassVar[str] = ""
     """Where the method comes from: authors, year, arXiv number."""
 
@@ -218,6 +221,17 @@ def _entry_points(family: str) -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name.partition(".")[2]: point for point in points if point.name.startswith(f"{family}.")}
 
 
+def _load_point(family: str, kind: str) -> None:
+    point = _entry_points(family)[kind]
+    try:
+        point.load()
+    except Exception as error:
+        owner = point.dist.name if point.dist is not None else "an installed package"
+        raise TorchstoneError(
+            f"{family} kind {kind!r} of {owner} cannot be imported ({type(error).__name__}: {error})"
+        ) from None
+
+
 def resolve(family: str, kind: str) -> type[PartSpec]:
     """The spec class of `kind`: registered in this process, else its own file, else an entry point.
 
@@ -232,7 +246,7 @@ def resolve(family: str, kind: str) -> type[PartSpec]:
         if home and importlib.util.find_spec(f"{home}.{kind}") is not None:
             importlib.import_module(f"{home}.{kind}")
         elif kind in _entry_points(family):
-            _entry_points(family)[kind].load()
+            _load_point(family, kind)
     if kind not in _KINDS[family]:
         allowed = kinds(family)
         raise TorchstoneError(f"no {family} kind {kind!r}{nearest(kind, allowed)}; kinds: {', '.join(allowed)}")
@@ -247,9 +261,10 @@ def kinds(family: str) -> list[str]:
         for module in pkgutil.iter_modules(importlib.import_module(home).__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{home}.{module.name}")
-    for point in _entry_points(family).values():
-        point.load()
-    return sorted(kind for kind, cls in _KINDS[family].items() if not getattr(cls, "hidden", False))
+    for kind in _entry_points(family):
+        with contextlib.suppress(TorchstoneError):  # a broken package must not hide the others
+            _load_point(family, kind)
+    return sorted(kind for kind, cls in _KINDS[family].items() if cls.offered)
 
 
 def lazy_parts(package: str) -> Any:
@@ -459,12 +474,17 @@ def json_schema(spec: type[Spec]) -> dict[str, Any]:
             continue
         done.add(family)
         names = kinds(family)
-        definitions[family] = {"oneOf": [{"$ref": f"#/$defs/{family}.{name}"} for name in names]}
+        root = family_root(family)
+        default = getattr(root, "default_kind", None)
+        plain = "short" not in root.__dict__
+        word: dict[str, Any] = {"enum": names} if plain else {"type": "string"}
+        definitions[family] = {"oneOf": [*({"$ref": f"#/$defs/{family}.{name}"} for name in names), word]}
         for name in names:
             cls = resolve(family, name)
             body = _own_schema(cls, definitions)
             body["properties"] = {"kind": {"const": name}, **body.get("properties", {})}
-            body["required"] = ["kind", *body.get("required", [])]
+            if name != default:  # without a kind, it is the default one
+                body["required"] = ["kind", *body.get("required", [])]
             definitions[f"{family}.{name}"] = body
             todo.extend(_walk(cls, set()))
     schema = _own_schema(spec, definitions)
@@ -474,21 +494,22 @@ def json_schema(spec: type[Spec]) -> dict[str, Any]:
 def _own_schema(spec: type[Spec], definitions: dict[str, Any]) -> dict[str, Any]:
     body = spec.model_json_schema()
     definitions.update(body.pop("$defs", {}))
+    nested = {cls.__name__: cls for info in spec.model_fields.values() if (cls := _spec_of(info.annotation))}
+    _refer(spec, body)
+    for name, cls in nested.items():
+        if name in definitions:
+            _refer(cls, definitions[name])
+    return body
+
+
+def _refer(spec: type[Spec], body: dict[str, Any]) -> None:
+    """Let the part fields of a schema refer to their families."""
     for name, info in spec.model_fields.items():
         family = part_family(info)
         if family is not None:
-            body["properties"][name] = {"$ref": f"#/$defs/{family}", "description": info.description or ""}
-    for nested_name, nested in list(definitions.items()):
-        cls = next(
-            (
-                _spec_of(i.annotation)
-                for i in spec.model_fields.values()
-                if (_spec_of(i.annotation) or Spec).__name__ == nested_name
-            ),
-            None,
-        )
-        for name, info in cls.model_fields.items() if cls else ():
-            family = part_family(info)
-            if family is not None:
-                nested["properties"][name] = {"$ref": f"#/$defs/{family}", "description": info.description or ""}
-    return body
+            ref = {"$ref": f"#/$defs/{family}"}
+            optional = type(None) in get_args(info.annotation)
+            body["properties"][name] = {
+                **({"anyOf": [ref, {"type": "null"}]} if optional else ref),
+                "description": info.description or "",
+            }

@@ -38,10 +38,10 @@ def test_every_named_value_of_a_layer_can_be_recorded() -> None:
     assert taps.unmatched() == []
 
 
-def test_recording_changes_nothing() -> None:
-    built = model()
-    taps = Taps(record=["*"])
-    torch.testing.assert_close(built(IDS, taps=taps).logits, built(IDS).logits)
+def test_recording_changes_nothing(float64: None) -> None:
+    built = model().double()
+    taps = Taps(record=["*"])  # probabilities come from the definition, not from the fused kernel
+    torch.testing.assert_close(built(IDS, taps=taps).logits, built(IDS).logits, rtol=0, atol=1e-10)
 
 
 def test_recorded_probabilities_are_causal_and_sum_to_one() -> None:
@@ -161,7 +161,6 @@ def test_taps_survive_compilation() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.xfail(strict=True, reason="the scope of taps makes a graph a layer, and torch stops at 8")
 def test_taps_survive_compilation_of_more_layers_than_the_recompile_limit() -> None:
     torch._dynamo.reset()
     eager, compiled = model(depth=9), model(depth=9)

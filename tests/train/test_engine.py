@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from torchstone import spec
 from torchstone.errors import TorchstoneError
 from torchstone.model.context import Aux, Context
 from torchstone.model.feedforward import FeedForward, FeedForwardSpec
@@ -174,27 +175,29 @@ def test_a_model_without_trainable_parameters_is_refused(recipe: Recipe) -> None
 # ----------------------------------------------------------------------------------------------- not finite
 
 
-class ExplodingSpec(FeedForwardSpec):
-    """A feed-forward from outside the package whose output is infinite from the third forward in training on."""
+@pytest.fixture
+def exploding() -> Iterator[str]:
+    """A feed-forward kind from outside the package whose output is infinite from the fourth forward in training on."""
 
-    kind: ClassVar[str] = "exploding_in_a_test"
-    hidden_kind: ClassVar[bool] = True
+    class Exploding(FeedForward):
+        def __init__(self, site: Site) -> None:
+            super().__init__()
+            self.up, self.seen = site.linear(site.width, site.width, "up"), 0
 
-    def build(self, site: Site) -> FeedForward:
-        return Exploding(site)
+        def forward(self, x_BTD: torch.Tensor, ctx: Context | None = None) -> tuple[torch.Tensor, Aux]:
+            self.seen += self.training
+            return self.up(x_BTD) * (math.inf if self.seen > 3 else 1.0), {}
 
+    class ExplodingSpec(FeedForwardSpec):
+        """Explodes."""
 
-ExplodingSpec.hidden = True  # type: ignore[assignment]
+        kind: ClassVar[str] = "exploding"
 
+        def build(self, site: Site) -> FeedForward:
+            return Exploding(site)
 
-class Exploding(FeedForward):
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.up, self.seen = site.linear(site.width, site.width, "up"), 0
-
-    def forward(self, x_BTD: torch.Tensor, ctx: Context | None = None) -> tuple[torch.Tensor, Aux]:
-        self.seen += self.training
-        return self.up(x_BTD) * (math.inf if self.seen > 3 else 1.0), {}
+    yield ExplodingSpec.kind
+    spec._KINDS["ffn"].pop("exploding")  # other tests list the kinds that there are
 
 
 def stopped(run: Run, **sections: Any) -> str:
@@ -231,8 +234,8 @@ def test_nan_in_a_parameter_stops_with_step_batch_and_parameter(run: Run, monkey
     assert_last_checkpoint_is_good(run, whole)
 
 
-def test_infinity_in_an_activation_stops_with_the_module_that_made_it(run: Run) -> None:
-    model = {**tiny.MODEL, "ffn": {"kind": "exploding_in_a_test"}, "depth": 2}
+def test_infinity_in_an_activation_stops_with_the_module_that_made_it(run: Run, exploding: str) -> None:
+    model = {**tiny.MODEL, "ffn": {"kind": exploding}, "depth": 2}
     text = stopped(run, model=model)
     assert "step 4: loss nan is not finite; batch 3" in text
     assert "first in the output of decoder.layers.0.ffn;" in text

@@ -1,7 +1,7 @@
 """Noise sources: where the randomness of a sample comes from.
 
-A token is ``argmax(scores + gumbel)`` (the Gumbel-max trick), which is an exact sample of ``softmax(scores)``. The noise
-is a pure function of who asks and of the step, never of a generator's state, so a sample does not depend on its batch.
+A token is ``argmax(scores + gumbel)`` (the Gumbel-max trick), an exact sample of ``softmax(scores)``. The noise is a
+pure function of who asks and of the step, never of a generator's state, so a sample does not depend on its batch.
 Methods that choose the noise otherwise (shared between users, carrying a watermark) are other sources.
 
 Shapes: B rows, V vocabulary.

@@ -75,7 +75,7 @@ class Site:
         return self.residual_spec.init(self.depths, "decoder" if self.causal else "encoder")
 
     def linear(
-        self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: bool | tuple[bool, ...] = False
+        self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: bool = False
     ) -> nn.Module:
         """A projection of the model's kind. A tuple `out` is one fused matrix whose slices keep their roles."""
         from torchstone.model.linear import Linear

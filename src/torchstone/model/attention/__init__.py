@@ -64,6 +64,9 @@ class AttentionSpec(PartSpec):
 class Attention(nn.Module):
     """What an attention kind builds."""
 
+    causal: bool = True
+    """Whether a forward without a context is causal."""
+
     def state_spec(self) -> tuple[Slot, ...]:
         """Slots of its decode state."""
         return ()

@@ -70,7 +70,7 @@ class _Softmax(Attention):
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.causal = spec, site.causal
         self.H, self.G = spec.heads, spec.kv_heads or spec.heads
         self.K = spec.head_size(site.width)
         self.scale = self.K**-0.5 if spec.scale is None else spec.scale
@@ -141,7 +141,7 @@ class SoftmaxAttention(_Softmax):
         state: PartState | None = None,
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
-        ctx = Context.alone(x_BTD) if ctx is None else ctx
+        ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
         q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
         q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
         if self.q_norm is not None and self.k_norm is not None:

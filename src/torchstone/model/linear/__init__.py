@@ -46,7 +46,7 @@ class Linear(nn.Module):
         outs: sizes of the slices of O; a fused projection keeps its slices' roles for initialisation, quantisation,
             sharding and Muon.
         roles: a role per slice.
-        bias: whether there is one, for all slices or per slice (then the others' part stays zero).
+        bias: whether there is one.
         spec: the kind.
         init: how a slice of a given role starts.
     """
@@ -56,7 +56,7 @@ class Linear(nn.Module):
         d_in: int,
         outs: tuple[int, ...],
         roles: tuple[str, ...],
-        bias: bool | tuple[bool, ...],
+        bias: bool,
         spec: LinearSpec,
         init: Initialise,
     ) -> None:

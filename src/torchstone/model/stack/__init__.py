@@ -170,7 +170,9 @@ class Stack(nn.Module):
         given: Handoff | None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         """One layer, its activations kept or made again in the backward pass."""
+        # a forward that somebody listens to runs uncompiled: each tap's name would be a graph of its own
+        call = layer if ctx.taps is None else layer._call_impl
         if self.recompute and state is None and torch.is_grad_enabled():
             # dropout is a function of the context's key, so there is no random state to restore
-            return checkpoint(layer, x_BTD, ctx, None, given, use_reentrant=False, preserve_rng_state=False)
-        return layer(x_BTD, ctx, state, given)
+            return checkpoint(call, x_BTD, ctx, None, given, use_reentrant=False, preserve_rng_state=False)
+        return call(x_BTD, ctx, state, given)

@@ -58,7 +58,7 @@ def orthogonal(g_OI: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     Five steps of the quintic with the coefficients of Jordan et al. 2024, in bf16 where the device has it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g_OI.bfloat16() if g_OI.is_cuda else g_OI
+    x = g_OI.bfloat16() if _multiplies_bf16(g_OI.device) else g_OI
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
@@ -66,6 +66,10 @@ def orthogonal(g_OI: torch.Tensor, iterations: int = 5) -> torch.Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(g_OI.dtype)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 class Muon(torch.optim.Optimizer):

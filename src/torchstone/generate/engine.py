@@ -1,0 +1,503 @@
+"""Engine: continues prompts with a model and its decode state.
+
+    engine = Engine(model, tokenizer)
+    for done in engine.generate(["def ", "class "], Sampling(max_new_tokens=40)):
+        print(done.text)
+
+Rows of a batch have lengths of their own and end separately. Equal prompts are read once and their state is forked.
+
+Shapes: B rows, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from torchstone.data import Tokenizer
+from torchstone.errors import TorchstoneError
+from torchstone.generate.noise import NoiseSource, Request, SeededNoise
+from torchstone.generate.sampling import Choice, Guide, History, Sampling
+from torchstone.generate.text import Writer
+from torchstone.model.state import State
+from torchstone.model.tokens import Tokens
+from torchstone.model.transformer import Transformer
+from torchstone.ops.compiler import compiler_works
+from torchstone.train.environment import choose_device
+from torchstone.train.run import RunFolder
+
+if TYPE_CHECKING:
+    from torchstone.generate.compiled import CompiledStep
+
+__all__ = ["Compile", "Completion", "Engine", "Event", "Finish", "Prompts"]
+
+Finish = Literal["stop", "length", "eos"]
+"""Why a text ended: a stop string came; the tokens allowed or the model's positions are used up; an end token came."""
+
+Compile = Literal["auto", "on", "off"]
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+_PAYS = 10_000
+"""Steps after which "auto" compiles: building the graph takes as long as some ten thousand steps of a small model."""
+_ROOM = 256
+"""New tokens for which a cache has room at first; it doubles when it is full."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The continuation of one prompt.
+
+    Attributes:
+        ids: new tokens as they were sampled, with the end token or the tokens of the stop string.
+        text: their text, without end token, cut before a stop string; "" without a tokenizer.
+        finish: why it ended.
+        prompt_ids: the prompt's tokens.
+        request: its name for the noise source.
+        logprobs: of each of `ids` in the model's own distribution; None unless ``sampling.logprobs`` is set.
+        adjusted_logprobs: of each of `ids` in the distribution that it was drawn from.
+        top_logprobs: at each place the most probable tokens, as (token, log-probability), best first.
+    """
+
+    ids: list[int]
+    text: str
+    finish: Finish
+    prompt_ids: list[int]
+    request: Request
+    logprobs: list[float] | None = None
+    adjusted_logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One new token.
+
+    Attributes:
+        row: which prompt.
+        token: its id.
+        text: what it adds to the row's text; the pieces of a row make up the completion's text.
+        logprob: in the model's own distribution, if recorded.
+        finish: why the row ended, with its last token.
+    """
+
+    row: int
+    token: int
+    text: str
+    logprob: float | None = None
+    finish: Finish | None = None
+
+
+@dataclass
+class _Row:
+    """A generation under way."""
+
+    number: int
+    request: Request
+    prompt: list[int]
+    memory: list[int] | None
+    budget: int
+    writer: Writer
+    history: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    adjusted: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def fed(self) -> int:
+        """Tokens that the model has read once the newest one is fed."""
+        return len(self.history)
+
+    def take(self, token: int, eos: frozenset[int]) -> str:
+        """Append a token; the text it adds."""
+        self.history.append(token)
+        text = ""
+        if token in eos:
+            self.finish = "eos"
+        else:
+            text = self.writer.add(token)
+            if self.writer.stopped:
+                self.finish = "stop"
+            elif len(self.history) - len(self.prompt) >= self.budget:
+                self.finish = "length"
+        if self.finish is not None:
+            text += self.writer.end()
+            if self.writer.stopped:
+                self.finish = "stop"
+        self.text.append(text)
+        return text
+
+    def completion(self, recorded: bool) -> Completion:
+        assert self.finish is not None
+        return Completion(
+            self.history[len(self.prompt) :],
+            "".join(self.text),
+            self.finish,
+            self.prompt,
+            self.request,
+            self.logprobs if recorded else None,
+            self.adjusted if recorded else None,
+            self.top if recorded and self.top else None,
+        )
+
+
+class Engine:
+    """Generates with one model.
+
+    Args:
+        model: a decoder or encoder-decoder with a head over the vocabulary.
+        tokenizer: for texts; without one, prompts are token ids and completions have no text.
+        dtype: of weights and caches. Other than the model's, it makes a copy of the weights, cast once; None takes the
+            model as it is, so that a training's next weights are seen at once.
+        compile: "on" compiles the decode step at once, "auto" after enough steps to pay for it, "off" never. Without a
+            working compiler it steps aside with one line on stderr.
+        device: where the model runs; None is where it is. Another device makes a copy.
+        eos: tokens that end a text; None is the tokenizer's separator.
+        chunk: prompt tokens that are read at once.
+
+    Raises:
+        TorchstoneError: the model cannot generate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: Compile = "auto",
+        device: torch.device | str | None = None,
+        eos: int | Iterable[int] | None = None,
+        chunk: int = 512,
+    ) -> None:
+        if not isinstance(model, Transformer) or model.decoder is None:
+            kind = getattr(model, "kind", type(model).__name__)
+            raise TorchstoneError(f"generate: model {kind} is no decoder; generation needs causal: true")
+        model.vocabulary_head()
+        if compile not in get_args(Compile):
+            raise TorchstoneError(f"generate: compile is one of {', '.join(get_args(Compile))}, not {compile!r}")
+        self.source, self.tokenizer, self.compile, self.chunk = model, tokenizer, compile, max(1, chunk)
+        weight = next(model.parameters())
+        self.dtype = weight.dtype if dtype is None else dtype
+        self.device = weight.device if device is None else torch.device(device)
+        self.eos = frozenset([eos] if isinstance(eos, int) else self._default_eos() if eos is None else eos)
+        self.vocabulary: int = model.spec.vocabulary or 0
+        self.steps = 0
+        """Decode steps taken so far."""
+        self._compiled: CompiledStep | None = None
+        self._aside = compile == "off"
+        self.refresh()
+
+    @classmethod
+    def of_run(cls, run: RunFolder, *, device: str = "cpu", precision: str = "fp32", compile: str = "auto") -> Engine:
+        """The engine of a run directory's newest weights.
+
+        Raises:
+            TorchstoneError: no weights yet, a device that is not there, a precision other than fp32 and bf16.
+        """
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        if precision not in dtypes:
+            raise TorchstoneError(f"generate: precision is one of {', '.join(dtypes)}, not {precision!r}")
+        place = choose_device(device)
+        model = run.model(device=place).to(dtypes[precision])
+        return cls(model, run.tokenizer(), compile=compile)  # type: ignore[arg-type]
+
+    def refresh(self) -> None:
+        """Take the source model's present weights: needed after they changed if the engine has a copy of them, or if it
+        has compiled (compiled code holds weights as constants)."""
+        weight = next(self.source.parameters())
+        if (self.dtype, self.device) == (weight.dtype, weight.device):
+            self.model = self.source
+        else:
+            self.model = copy.deepcopy(self.source).to(self.device, self.dtype).requires_grad_(False)
+        self._compiled = None
+
+    # -- what a user calls
+
+    def generate(
+        self,
+        prompts: Prompts | None,
+        sampling: Sampling | None = None,
+        *,
+        memory: Prompts | None = None,
+        requests: Sequence[Request] | None = None,
+        noise: NoiseSource | None = None,
+        guides: Sequence[Guide] = (),
+    ) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: texts or token ids; an empty one means the separator alone. None with a memory: all empty.
+            sampling: how; the default samples at temperature 1.
+            memory: for an encoder-decoder, the encoder's inputs of each row: texts or token ids.
+            requests: name of each row for the noise source; by default its number.
+            noise: where randomness comes from; by default (seed, request, step).
+            guides: score functions, applied to the logits in order before everything else.
+
+        Raises:
+            TorchstoneError: a prompt that is too long or holds unknown ids, no tokenizer for a text, no prompt.
+        """
+        sampling = sampling or Sampling()
+        rows = self._rows(prompts, sampling, memory, requests)
+        for _ in self._run(rows, sampling, noise, guides):
+            pass
+        return [row.completion(sampling.logprobs is not None) for row in rows]
+
+    def stream(
+        self,
+        prompts: Prompts | None,
+        sampling: Sampling | None = None,
+        *,
+        memory: Prompts | None = None,
+        requests: Sequence[Request] | None = None,
+        noise: NoiseSource | None = None,
+        guides: Sequence[Guide] = (),
+    ) -> Iterator[Event]:
+        """As `generate`, token by token: events of all rows in the order in which they are sampled.
+
+        Bad input raises here, before the first event is asked for.
+        """
+        sampling = sampling or Sampling()
+        return self._run(self._rows(prompts, sampling, memory, requests), sampling, noise, guides)
+
+    # -- input
+
+    def _default_eos(self) -> list[int]:
+        try:
+            return [] if self.tokenizer is None else [self.tokenizer.separator]
+        except TorchstoneError:
+            return []
+
+    def _encoded(self, prompts: Prompts, what: str) -> list[list[int]]:
+        out = []
+        for number, prompt in enumerate(prompts):
+            where = what if len(prompts) == 1 else f"{what} {number}"
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise TorchstoneError(f"{where}: is a text, and the engine has no tokenizer; give token ids")
+                ids = self.tokenizer.encode(prompt)
+            else:
+                ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+            bad = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+            if bad is not None:
+                raise TorchstoneError(f"{where}: no token {bad} in a vocabulary of {self.vocabulary}")
+            if not ids:
+                if self.tokenizer is None:
+                    raise TorchstoneError(f"{where}: is empty, and the engine has no tokenizer with a separator")
+                ids = [self.tokenizer.separator]
+            out.append(ids)
+        return out
+
+    def _rows(
+        self, prompts: Prompts | None, sampling: Sampling, memory: Prompts | None, requests: Sequence[Request] | None
+    ) -> list[_Row]:
+        """The generations to do, checked."""
+        if isinstance(prompts, str) or isinstance(memory, str):
+            raise TorchstoneError("prompts: needs a list of texts or of token ids, not one text")
+        if (self.model.encoder is None) != (memory is None):
+            needs = "needs memory, the encoder's inputs" if memory is None else "has no encoder, and memory was given"
+            raise TorchstoneError(f"memory: this model {needs}")
+        sources = None if memory is None else self._encoded(memory, "memory")
+        if prompts is None:
+            if sources is None:
+                raise TorchstoneError("prompts: none given")
+            prompts = [""] * len(sources)
+        encoded = self._encoded(prompts, "prompt")
+        if sources is not None and len(sources) != len(encoded):
+            raise TorchstoneError(f"memory: {len(sources)} inputs for {len(encoded)} prompts")
+        names = list(range(len(encoded))) if requests is None else list(requests)
+        if len(names) != len(encoded):
+            raise TorchstoneError(f"requests: {len(names)} names for {len(encoded)} prompts")
+        if sampling.stop and self.tokenizer is None:
+            raise TorchstoneError("stop: stop strings are found in text, and the engine has no tokenizer")
+        rows = []
+        for number, ids in enumerate(encoded):
+            self._check_length(len(ids), "prompt", number, len(encoded), self.model.limit)
+            source = None if sources is None else sources[number]
+            if source is not None:
+                assert self.model.encoder is not None
+                self._check_length(len(source), "memory", number, len(encoded), self.model.encoder.limit)
+            # every token but the last is fed back, so the last one needs no position
+            room = sampling.max_new_tokens if self.model.limit is None else self.model.limit - len(ids) + 1
+            budget = min(sampling.max_new_tokens, room)
+            writer = Writer(self.tokenizer, sampling.stop)
+            rows.append(_Row(number, names[number], ids, source, budget, writer, list(ids)))
+        return rows
+
+    @staticmethod
+    def _check_length(length: int, what: str, number: int, of: int, limit: int | None) -> None:
+        if limit is not None and length > limit:
+            where = what if of == 1 else f"{what} {number}"
+            raise TorchstoneError(f"{where} of {length} tokens is too long: the model knows {limit} positions")
+
+    # -- the loop
+
+    def _run(
+        self, rows: list[_Row], sampling: Sampling, noise: NoiseSource | None, guides: Sequence[Guide]
+    ) -> Iterator[Event]:
+        if not rows:
+            return
+        compiled = self._compiled_step(max(row.budget for row in rows))
+        noise = SeededNoise(sampling.seed) if noise is None else noise
+        plain = sampling.plain and not guides
+        need = max(len(row.prompt) + row.budget - 1 for row in rows)
+        live, step = list(rows), 0
+        state, logits_BV = self._read(rows, need)
+        seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
+        add_B = torch.ones(len(rows), dtype=torch.int64, device=self.device)
+        best_B: torch.Tensor | None = None
+        while True:
+            if plain:
+                ids_B, choice = logits_BV.argmax(-1) if best_B is None else best_B, None
+            else:
+                history = History([row.request for row in live], step, [row.history for row in live], seen_BV)
+                choice = self._choose(sampling, logits_BV, history, noise, guides)
+                ids_B = choice.ids_B
+            ended = yield from self._take(live, ids_B, choice)
+            step += 1
+            left = [b for b, row in enumerate(live) if row.finish is None]
+            if not left:
+                return
+            if ended:
+                keep = self._keep(left, len(live), compiled is not None)
+                if len(keep) < len(live):
+                    keep_N = torch.tensor(keep, device=self.device)
+                    state, ids_B, add_B = state.fork(keep_N), ids_B[keep_N], add_B[keep_N]
+                    seen_BV = None if seen_BV is None else seen_BV[keep_N]
+                    live = [live[b] for b in keep]
+                idle = torch.tensor([row.finish is not None for row in live], device=self.device)
+                if idle.any():  # rows that stay only for the shape stand still on their first slot
+                    add_B = torch.where(idle, 0, add_B)
+                    state.length_B = torch.where(idle, 0, state.length_B)
+            if seen_BV is not None:
+                seen_BV[torch.arange(len(live), device=self.device), ids_B] = True
+            longest = max(len(row.history) for row in live if row.finish is None) - 1
+            if longest + 1 > state.extent:
+                state.extend(min(need, 2 * state.extent))
+            logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest)
+
+    def _take(self, live: list[_Row], ids_B: torch.Tensor, choice: Choice | None) -> Generator[Event, None, bool]:
+        """Give every unfinished row its token; returns whether any row ended."""
+        tokens = ids_B.tolist()
+        recorded = choice is not None and choice.logprobs_B is not None
+        if recorded:
+            assert choice is not None and choice.logprobs_B is not None and choice.adjusted_B is not None
+            own, adjusted = choice.logprobs_B.tolist(), choice.adjusted_B.tolist()
+            if choice.best_Bn is not None and choice.best_logprobs_Bn is not None:
+                pairs = zip(choice.best_Bn.tolist(), choice.best_logprobs_Bn.tolist(), strict=True)
+                top = [list(zip(*pair, strict=True)) for pair in pairs]
+            else:
+                top = None
+        ended = False
+        for b, row in enumerate(live):
+            if row.finish is not None:
+                continue
+            text = row.take(tokens[b], self.eos)
+            if recorded:
+                row.logprobs.append(own[b])
+                row.adjusted.append(adjusted[b])
+                if top is not None:
+                    row.top.append(top[b])
+            ended = ended or row.finish is not None
+            yield Event(row.number, tokens[b], text, own[b] if recorded else None, row.finish)
+        return ended
+
+    @staticmethod
+    def _keep(left: list[int], rows: int, compiled: bool) -> list[int]:
+        """Rows that stay in the batch. A compiled step keeps ended rows until they are half of it, and never falls to
+        one row, which would be a graph of its own."""
+        if not compiled:
+            return left
+        if rows <= 2 or 2 * len(left) > rows:
+            return list(range(rows))
+        return left if len(left) > 1 else sorted([*left, next(b for b in range(rows) if b not in left)])
+
+    @torch.no_grad()
+    def _choose(
+        self, sampling: Sampling, logits_BV: torch.Tensor, history: History, noise: NoiseSource, guides: Sequence[Guide]
+    ) -> Choice:
+        return sampling.choose(logits_BV, history, noise, guides)
+
+    @torch.no_grad()
+    def _read(self, rows: list[_Row], need: int) -> tuple[State, torch.Tensor]:
+        """State after the prompts and logits (B, V) of what follows; equal rows are read once."""
+        unique: dict[tuple[Any, ...], int] = {}
+        which = [
+            unique.setdefault((tuple(row.prompt), None if row.memory is None else tuple(row.memory)), len(unique))
+            for row in rows
+        ]
+        firsts = [rows[which.index(u)] for u in range(len(unique))]
+        ids_BT, valid_BT = self._padded([row.prompt for row in firsts])
+        memory = None
+        if firsts[0].memory is not None:
+            source_BS, source_valid = self._padded([row.memory or [] for row in firsts])
+            memory = Tokens.of(source_BS, valid=source_valid)
+        T = ids_BT.shape[1]
+        state = self.model.state(len(firsts), min(need, T + _ROOM))
+        logits_BV: torch.Tensor | None = None
+        for a in range(0, T, self.chunk):
+            b = min(a + self.chunk, T)
+            piece = ids_BT[:, a:b]
+            valid = None if valid_BT is None else valid_BT[:, a:b]
+            inputs = piece if valid is None else Tokens.of(piece, valid=valid)
+            out = self.model(inputs, state=state, outputs="last", memory=memory if a == 0 else None)
+            assert out.logits is not None
+            new = out.logits[:, -1]
+            # a row that ended in an earlier chunk has nothing here, and keeps what followed its own last token
+            logits_BV = new if logits_BV is None or valid is None else torch.where(valid[:, :1], new, logits_BV)
+        assert logits_BV is not None
+        if len(firsts) < len(rows):
+            order = torch.tensor(which, device=self.device)
+            state, logits_BV = state.fork(order), logits_BV[order]
+        return state, logits_BV
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids (B, T) padded on the right, and which are no padding; None if all rows are equally long."""
+        T = max(map(len, rows))
+        ids_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=self.device)
+        length_B = torch.tensor([len(row) for row in rows], device=self.device)
+        if bool((length_B == T).all()):
+            return ids_BT, None
+        return ids_BT, torch.arange(T, device=self.device)[None] < length_B[:, None]
+
+    def _seen(self, rows: list[_Row]) -> torch.Tensor:
+        seen_BV = torch.zeros(len(rows), self.vocabulary, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            seen_BV[b, row.prompt] = True
+        return seen_BV.to(self.device)
+
+    @torch.no_grad()
+    def _decode(
+        self, compiled: CompiledStep | None, state: State, ids_B: torch.Tensor, add_B: torch.Tensor, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Feed each row its newest token: logits (B, V), and their argmax where it comes for nothing."""
+        self.steps += 1
+        if compiled is not None:
+            best_B, logits_BV = compiled(state, ids_B, add_B, longest)
+            return logits_BV, best_B
+        out = self.model(ids_B[:, None], state=state, outputs="last")
+        assert out.logits is not None
+        return out.logits[:, -1], None
+
+    def _compiled_step(self, steps: int) -> CompiledStep | None:
+        """The compiled step, if it is wanted, pays and works."""
+        if self._aside or (self._compiled is None and self.compile == "auto" and self.steps + steps < _PAYS):
+            return None
+        if self._compiled is None:
+            reason = compiler_works()
+            if reason is not None:
+                self._aside = True
+                print(f"torch.compile steps aside: {reason}", file=sys.stderr)
+                return None
+            from torchstone.generate.compiled import CompiledStep  # imports Inductor, which takes a second
+
+            self._compiled = CompiledStep(self.model)
+        return self._compiled
