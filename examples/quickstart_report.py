@@ -83,6 +83,11 @@ def curve(rows: Sequence[dict[str, Any]], width: int = 48, most: int = 12) -> st
     return "\n".join([f"{'step':>8}  {'valid bits per byte' if name != 'valid_loss' else 'valid loss [nats]'}", *lines])
 
 
+def length(texts: Iterable[str]) -> int:
+    """Lines of several texts in all."""
+    return sum(text.count("\n") + 1 for text in texts)
+
+
 def sample(run: torchstone.Run, lines: int = LINES, seed: int = SEED) -> list[str]:
     """Texts of `lines` lines in all, each written from nothing: another one is begun where one ends early.
 
@@ -97,11 +102,10 @@ def sample(run: torchstone.Run, lines: int = LINES, seed: int = SEED) -> list[st
             top_p=TOP_P,
             seed=seed + number,
         ):
-            whole = done.text.split("\n")[: -1 if done.finish == "length" else None]
-            whole = whole[: lines - sum(text.count("\n") + 1 for text in texts)]
-            if "".join(whole).strip():
-                texts.append("\n".join(whole))
-            if sum(text.count("\n") + 1 for text in texts) >= lines:
+            text = done.text.rpartition("\n")[0] if done.finish == "length" else done.text.rstrip("\n")
+            if text.strip():
+                texts.append("\n".join(text.split("\n")[: lines - length(texts)]))
+            if length(texts) >= lines:
                 return texts
     return texts
 
@@ -150,15 +154,13 @@ def report(run: torchstone.Run) -> None:
     for name, value in {"the model": model, **others}.items():
         print(f"    {name:<10} {value:.4f}")
     print(verdict(model, others))
-    print(
-        "(The model was trained on other files of the corpus, and its weights do not count. The compressors see these"
-    )
-    print("these files alone, as one.)")
+    print("(The model was trained on other files of the corpus, and its weights do not count.")
+    print(" The compressors see these files alone, as one.)")
     print(f"\nLearning curve: {run.path / 'plots' / 'learning_curve.png'}")
     print(curve(run.metrics()))
     written = sample(run)
-    count = sum(text.count("\n") + 1 for text in written)
-    print(f"\nSample: {count} lines in {len(written)} texts, temperature {TEMPERATURE}, top_p {TOP_P}, seed {SEED}")
+    print(f"\nSample: {length(written)} lines in {len(written)} texts, ", end="")
+    print(f"temperature {TEMPERATURE}, top_p {TOP_P}, seed {SEED}")
     for text in written:
         print("-" * 80)
         print(text)

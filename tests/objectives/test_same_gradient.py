@@ -59,7 +59,9 @@ def assert_same(found: tuple[Gradients, float], wanted: tuple[Gradients, float])
     assert found[0].keys() == wanted[0].keys()
     assert any(value.abs().max() > 1e-4 for value in wanted[0].values())
     for name, value in wanted[0].items():
-        torch.testing.assert_close(found[0][name], value, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[0][name], value, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert found[1] == pytest.approx(wanted[1], rel=1e-10)
 
 

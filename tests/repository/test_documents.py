@@ -169,7 +169,8 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
         [sys.executable, "-c", DRIVER],
         input=json.dumps(todo),
         cwd=folder,
-        env={**os.environ, "PATH": path, "MPLBACKEND": "Agg"},
+        # tests beside this one use the cores too: threads that wait must not spin
+        env={**os.environ, "PATH": path, "MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         timeout=SECONDS,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer.main
 
 import torchstone
 from torchstone.cli.app import app
-from torchstone.recipe import Recipe
-from torchstone.spec import FAMILIES, kinds, resolve
+from torchstone.recipe import EvaluateSpec, ParallelSpec, Recipe, TrainerSpec
+from torchstone.spec import FAMILIES, Spec, kinds, resolve
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -48,9 +52,34 @@ def test_page_of_parts_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("name", torchstone.__all__)
-def test_every_public_name_is_in_the_api_page(name: str) -> None:
-    headings = re.findall(r"^###? `(\w+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert name in headings, f"docs/api.md has no heading for torchstone.{name}"
+def test_every_public_name_is_in_the_api_page_with_its_arguments(name: str) -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### `{name}`\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section is not None, f"docs/api.md has no heading for torchstone.{name}"
+    public = getattr(importlib.import_module("torchstone.api"), name, None)
+    if inspect.isfunction(public):
+        stated = re.search(rf"torchstone\.{name}\((.*?)\) -> ", section[1])
+        assert stated is not None
+        assert stated[1] == arguments(public)
+
+
+def arguments(function: Callable[..., Any]) -> str:
+    """Arguments with defaults, without types."""
+    bare = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    return str(inspect.Signature(bare))[1:-1].replace("'", '"')
+
+
+def test_every_field_of_sampling_is_in_the_api_page() -> None:
+    from torchstone.generate import Sampling
+
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert not [name for name in Sampling.model_fields if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("section", [TrainerSpec, EvaluateSpec, ParallelSpec])
+def test_every_field_of_a_section_is_in_the_page_of_recipes(section: type[Spec]) -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    assert not [name for name in section.model_fields if f"`{name}`" not in text]
 
 
 def glossary() -> set[str]:

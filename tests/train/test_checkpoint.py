@@ -136,7 +136,15 @@ def test_keep_best_keeps_the_lowest_validation_loss(run: Run, monkeypatch: pytes
         lambda self, split, prefix, limit=None: {f"{prefix}_loss": next(losses)},
     )
     folder = run(
-        trainer={"steps": 6, "batch": 2, "device": "cpu", "threads": 1, "save_every": 4, "keep_last": 1, "keep_best": True},
+        trainer={
+            "steps": 6,
+            "batch": 2,
+            "device": "cpu",
+            "threads": 1,
+            "save_every": 4,
+            "keep_last": 1,
+            "keep_best": True,
+        },
         evaluate={"every": 1, "test": False},
     )
     assert (folder.state / "BEST").read_text() == "step-00000002"

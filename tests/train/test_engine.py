@@ -281,7 +281,9 @@ def test_weights_that_the_optimiser_made_infinite_are_never_saved(run: Run, monk
     assert folder.checkpoints().latest() == "step-00000002"
 
 
-def test_a_validation_loss_that_is_not_finite_stops_and_is_not_logged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_loss_that_is_not_finite_stops_and_is_not_logged(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Trainer, "measure_split", lambda *arguments: {"valid_loss": math.nan})
     assert "step 0: the validation loss nan is not finite" in stopped(run)
 
@@ -299,7 +301,10 @@ TOO_LATE: dict[str, tuple[dict[str, Any], str]] = {
     "encoder for causal_lm": ({"model": {**tiny.MODEL, "causal": False}}, "causal_lm: needs model.causal: true"),
     "classification head": ({"model": {**tiny.MODEL, "head": "classification"}}, "no logits over the vocabulary"),
     "too few positions": ({"model": {**tiny.MODEL, "position": "learned", "context": 8}}, "learned knows 8 positions"),
-    "encoder-decoder without memory": ({"model": {**tiny.MODEL, "encoder": {"depth": 1}}}, "needs the encoder's inputs"),
+    "encoder-decoder without memory": (
+        {"model": {**tiny.MODEL, "encoder": {"depth": 1}}},
+        "needs the encoder's inputs",
+    ),
     "pixels": (
         {"model": {**tiny.MODEL, "embedding": {"kind": "patch"}, "head": {"tied": False}, "vocabulary": 300}},
         "takes pixels of shape",

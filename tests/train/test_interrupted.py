@@ -19,7 +19,7 @@ from torchstone.recipe import dump_yaml
 from torchstone.train import training
 from torchstone.train.run import RunFolder
 
-STEPS = 120
+STEPS = 40
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 
@@ -30,7 +30,7 @@ def sections(**more: Any) -> dict[str, Any]:
         "model": {**tiny.MASKED["model"], "dropout": 0.1},
         "optimizer": {"kind": "muon", "lr": 0.01},
         "trainer": trainer,
-        "evaluate": {"every": 40, "blocks": 1},
+        "evaluate": {"every": 20, "blocks": 1},
     }
 
 
@@ -85,7 +85,7 @@ def test_killed_three_times_and_resumed_equals_uncut(tmp_path: Path, recipe: Cal
     moments: list[Callable[[], bool]] = [
         lambda at=time.monotonic() + rng.uniform(0.5, 4): time.monotonic() > at,  # type: ignore[misc]
         lambda: any(run.glob("state/.step-*/*")),
-        lambda until=rng.randint(20, 100): steps_logged(run) >= until,  # type: ignore[misc]
+        lambda until=rng.randint(8, 30): steps_logged(run) >= until,  # type: ignore[misc]
     ]
     for happened in moments:
         process = start(tmp_path, data, "cut", "--resume")
@@ -102,7 +102,7 @@ def test_killed_at_twenty_moments_of_its_life_and_resumed_equals_uncut(
     tmp_path: Path, recipe: Callable[..., dict[str, Any]]
 ) -> None:
     tiny.text(tmp_path / "corpus.txt", lines=20_000)
-    data = recipe(**sections())
+    data = recipe(**sections(steps=120))
     whole = training.train(data, out=tmp_path / "whole", quiet=True)
     rng = random.Random(time.time_ns())
     fresh = {**data, "data": {**data["data"], "cache": str(tmp_path / "cache-whole-life")}}

@@ -145,7 +145,9 @@ def test_steps_equal_a_plain_implementation(spec: Any) -> None:
         optimizer.step()
         plain.step(named, values, grads, spec.lr * factor)
     for name, p in named.items():
-        torch.testing.assert_close(p.value.detach().double(), values[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            p.value.detach().double(), values[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: n + m
+        )
 
 
 def test_muon_orthogonalises_the_slices_of_a_fused_projection_separately() -> None:

@@ -114,9 +114,7 @@ def test_a_file_is_no_folder_for_a_run(tmp_path: Path, out: str) -> None:
     assert tiny.listing(tmp_path) == before
 
 
-def test_an_empty_folder_and_what_a_kill_left_in_one_are_free(
-    run: Callable[..., RunFolder], tmp_path: Path
-) -> None:
+def test_an_empty_folder_and_what_a_kill_left_in_one_are_free(run: Callable[..., RunFolder], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.json").write_text("half")
     (tmp_path / "run" / ".config.json.123.tmp").write_text("half")
@@ -138,7 +136,9 @@ def rewrite(folder: RunFolder, **fields: Any) -> None:
     [(2, "written in format 2, this torchstone reads up to 1; upgrade it"), (0, "format 0 is unknown"),
      ("1", "has no format_version"), (None, "has no format_version"), (True, "has no format_version")],
 )  # fmt: skip
-def test_a_format_that_is_newer_or_unknown_is_refused(run: Callable[..., RunFolder], version: Any, message: str) -> None:
+def test_a_format_that_is_newer_or_unknown_is_refused(
+    run: Callable[..., RunFolder], version: Any, message: str
+) -> None:
     folder = run()
     rewrite(folder, format_version=version)
     before = tiny.listing(folder.path)
@@ -148,7 +148,9 @@ def test_a_format_that_is_newer_or_unknown_is_refused(run: Callable[..., RunFold
     assert tiny.listing(folder.path) == before
 
 
-def test_an_old_run_is_migrated_version_by_version(run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_run_is_migrated_version_by_version(
+    run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = run()
     recipe, spec = folder.recipe, folder.model_spec
     path = folder.path / "recipe.yaml"

@@ -40,7 +40,7 @@ class CompiledStep:
     def __init__(self, model: Transformer, backend: str = "inductor") -> None:
         self.model, self.backend = model, backend
         self._graphs: dict[tuple[bool, ...], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._order_1S = torch.arange(0)[None]
+        self._order_S = torch.arange(0)
 
     def __call__(
         self, state: State, ids_B: torch.Tensor, add_B: torch.Tensor, longest: int
@@ -48,14 +48,15 @@ class CompiledStep:
         """The best next tokens (B,) and the logits (B, V).
 
         Args:
-            state: decode state with room for one more token a row; it is advanced.
+            state: decode state with room for two more tokens a row (were a cache ever read to its very end, that would
+                be a graph of its own); it is advanced.
             ids_B: the newest token of each row.
             add_B: int64, 1 for each row; 0 for one that has ended, whose length then stays.
             longest: S - 1, tokens of the longest row.
         """
-        if self._order_1S.shape[1] < state.extent or self._order_1S.device != ids_B.device:
-            self._order_1S = torch.arange(state.extent, device=ids_B.device)[None]
-        order_1S = self._order_1S[:, : longest + 1]
+        if self._order_S.shape[0] < state.extent or self._order_S.device != ids_B.device:
+            self._order_S = torch.arange(state.extent, device=ids_B.device)
+        order_S = self._order_S[: longest + 1]
         memory = state.memory_tokens
         which = (ids_B.shape[0] == 1, memory is None, memory is not None and memory.valid is None)
         graph = self._graphs.get(which)
@@ -63,8 +64,8 @@ class CompiledStep:
         with torch._inductor.config.patch(freezing=True):
             if graph is None:
                 graph = self._graphs[which] = self._compile()
-                _mark(state, ids_B, add_B, order_1S)
-            out = graph(ids_B, state.length_B, add_B, order_1S, memory, state.parts)
+                _mark(state, ids_B, add_B, order_S)
+            out = graph(ids_B, state.length_B, add_B, order_S, memory, state.parts)
         state.longest, state.uniform = longest + 1, False
         return out
 
@@ -75,14 +76,14 @@ class CompiledStep:
             ids_B: torch.Tensor,
             length_B: torch.Tensor,
             add_B: torch.Tensor,
-            order_1S: torch.Tensor,
+            order_S: torch.Tensor,
             memory: Tokens | None,
             parts: dict[str, PartState],
         ) -> tuple[torch.Tensor, torch.Tensor]:
             index_B1 = length_B[:, None]
             q = Tokens(index_B1, ids=ids_B[:, None])
             encoded = None if memory is None else Memory(None, memory)
-            ctx = Context(q, Tokens(order_1S), CAUSAL, "general", index_B1, model.main.positions, encoded)
+            ctx = Context(q, Tokens(order_S[None]), CAUSAL, "general", index_B1, model.main.positions, encoded)
             hidden, _ = model.core(q.ids, ctx, "decoder", None, parts)
             logits_BV = model.head(hidden, q, model.embedding.table())[:, -1]
             length_B += add_B
@@ -101,9 +102,9 @@ def _relevant(guards: Sequence[Any]) -> list[bool]:
     return [guard.guard_type == "SHAPE_ENV" for guard in guards]
 
 
-def _mark(state: State, ids_B: torch.Tensor, add_B: torch.Tensor, order_1S: torch.Tensor) -> None:
+def _mark(state: State, ids_B: torch.Tensor, add_B: torch.Tensor, order_S: torch.Tensor) -> None:
     """Say which sizes vary: rows, tokens, and tokens of the memory."""
-    varies: list[tuple[torch.Tensor, int]] = [(order_1S, 1)]
+    varies: list[tuple[torch.Tensor, int]] = [(order_S, 0)]
     rows = [ids_B, add_B, state.length_B]
     for part in state.parts.values():
         tensors = list(part.tensors.values())

@@ -350,7 +350,8 @@ class Engine:
         plain = sampling.plain and not guides
         need = max(len(row.prompt) + row.budget - 1 for row in rows)
         live, step = list(rows), 0
-        state, logits_BV = self._read(rows, need)
+        spare = 0 if compiled is None else 1  # slots that a compiled step wants beyond the newest token's
+        state, logits_BV = self._read(rows, need, spare)
         seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
         add_B = torch.ones(len(rows), dtype=torch.int64, device=self.device)
         best_B: torch.Tensor | None = None
@@ -380,8 +381,8 @@ class Engine:
             if seen_BV is not None:
                 seen_BV[torch.arange(len(live), device=self.device), ids_B] = True
             longest = max(len(row.history) for row in live if row.finish is None) - 1
-            if longest + 1 > state.extent:
-                state.extend(min(need, 2 * state.extent))
+            if longest + 1 + spare > state.extent:
+                state.extend(min(need + spare, 2 * state.extent))
             logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest)
 
     def _take(self, live: list[_Row], ids_B: torch.Tensor, choice: Choice | None) -> Generator[Event, None, bool]:
@@ -427,7 +428,7 @@ class Engine:
         return sampling.choose(logits_BV, history, noise, guides)
 
     @torch.no_grad()
-    def _read(self, rows: list[_Row], need: int) -> tuple[State, torch.Tensor]:
+    def _read(self, rows: list[_Row], need: int, spare: int) -> tuple[State, torch.Tensor]:
         """State after the prompts and logits (B, V) of what follows; equal rows are read once."""
         unique: dict[tuple[Any, ...], int] = {}
         which = [
@@ -442,6 +443,7 @@ class Engine:
             memory = Tokens.of(source_BS, valid=source_valid)
         T = ids_BT.shape[1]
         state = self.model.state(len(firsts), min(need, T + _ROOM))
+        state.extend(state.extent + spare)
         logits_BV: torch.Tensor | None = None
         for a in range(0, T, self.chunk):
             b = min(a + self.chunk, T)

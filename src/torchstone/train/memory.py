@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchstone.keys import Key
-from torchstone.objectives import Facts, Objective
+from torchstone.objectives import Batch, Facts, Objective
 from torchstone.recipe import Recipe
 from torchstone.train.engine import autocast
 from torchstone.train.optimizers import named_parameters
@@ -44,14 +46,20 @@ class TrainingMemory:
 
 def training_memory(recipe: Recipe) -> TrainingMemory:
     """Bytes that a step of `recipe` needs above the idle process; its vocabulary must be known."""
-    device = torch.device("cpu")
+    vocabulary = getattr(recipe.model, "vocabulary", None)
+    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0))
+    batch = _batch(recipe, objective)
+    selected = int(objective.counts(batch).get("targets", torch.tensor(batch["ids"].numel())))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = recipe.model.build()
-        objective = recipe.objective.build(Facts(getattr(recipe.model, "vocabulary", None), 1, 2, 0))
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         optimizer = _optimizer_bytes(recipe, model)
-        activations = _activations(recipe, model, objective, device)
-    vocabulary = getattr(recipe.model, "vocabulary", None) or 1
+        activations = _activations(recipe, model, objective, batch, selected, recipe.trainer.recompute)
+        layers = sum(len(stack.layers) for stack in getattr(model, "stacks", {}).values())
+        if activations is not None and recipe.trainer.recompute and layers:
+            # in the backward pass one layer's activations are there again, and gradients of about their size
+            every = _activations(recipe, model, objective, batch, selected, False) or activations
+            activations += 2 * (every - activations) // layers
     rows = recipe.trainer.batch * getattr(recipe.data, "block", 1)
     return TrainingMemory(
         weights,
@@ -59,7 +67,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
         optimizer,
         weights if recipe.trainer.ema else 0,
         activations,
-        min(_WORK, 3 * 4 * rows * vocabulary),
+        min(_WORK, 3 * 4 * rows * (vocabulary or 1)),
     )
 
 
@@ -81,9 +89,35 @@ def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
     return size
 
 
-def _activations(recipe: Recipe, model: nn.Module, objective: Objective, device: torch.device) -> int | None:
+def _batch(recipe: Recipe, objective: Objective) -> Batch:
+    """A prepared batch of ordinary tokens."""
+    shape = recipe.trainer.batch, getattr(recipe.data, "block", 1)
+    batch = {"ids": torch.full(shape, 3), "next": torch.full(shape, 3)}
+    if getattr(recipe.data, "separate_documents", False):
+        batch["start"] = torch.zeros(shape, dtype=torch.int64)
+    return objective.prepare(batch, Key(0))
+
+
+class _Selected(TorchDispatchMode):
+    """What a mask selects has the size that it has in a real batch: how many a fake mask selects, nobody knows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            source, (mask, *others) = args
+            if mask is not None and mask.dtype == torch.bool and not others:
+                return source.new_empty(self.count, *source.shape[mask.dim() :])
+        return func(*args, **(kwargs or {}))
+
+
+def _activations(
+    recipe: Recipe, model: nn.Module, objective: Objective, batch: Batch, selected: int, recompute: bool
+) -> int | None:
     """Bytes that autograd keeps of one micro-batch, each storage once, without the parameters themselves."""
-    own = {id(p.untyped_storage()) for p in model.parameters()}
+    own = {id(p.untyped_storage()) for p in [*model.parameters(), *objective.parameters()]}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,21 +126,18 @@ def _activations(recipe: Recipe, model: nn.Module, objective: Objective, device:
             kept[id(storage)] = storage
         return tensor
 
-    rows, block = recipe.trainer.batch, getattr(recipe.data, "block", 1)
-    batch = {"ids": torch.zeros(rows, block, dtype=torch.int64), "next": torch.zeros(rows, block, dtype=torch.int64)}
-    if getattr(recipe.data, "separate_documents", False):
-        batch["start"] = torch.zeros(rows, block, dtype=torch.int64)
     for stack in getattr(model, "stacks", {}).values():
-        stack.recompute = recipe.trainer.recompute
+        stack.recompute = recompute
     try:
         with (
             warnings.catch_warnings(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            autocast(device, recipe.trainer),
+            autocast(torch.device("cpu"), recipe.trainer),
+            _Selected(selected),
         ):
             warnings.simplefilter("ignore")
-            result = objective(model, objective.prepare(batch, Key(0)), Key(0))
+            result = objective(model, batch, Key(0))
             sum(term.total for term in result.terms.values())
-    except Exception:  # data-dependent shapes: a fake tensor has no data
+    except Exception:  # an objective that asks fake tensors for their values
         return None
     return sum(storage.nbytes() for storage in kept.values())

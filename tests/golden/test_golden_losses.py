@@ -1,0 +1,181 @@
+"""The first ten losses of one tiny training per part and objective are those of the day when they were written.
+
+A change here is a change of what a method computes, of initialisation, of data order, of an optimiser: intended or not.
+Intended: ``make golden`` writes them anew, and the change says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.variants import variants
+from torch import nn
+
+from torchstone.keys import Key
+from torchstone.objectives import Batch, Facts, Objective, Result, Term
+from torchstone.recipe import Recipe, load_recipe
+from torchstone.spec import FAMILIES, kinds
+from torchstone.train.engine import Source, Trainer
+from torchstone.train.run import build_model
+
+FILE = Path(__file__).with_name("losses.json")
+STEPS, ROWS, BLOCK, VOCABULARY = 10, 4, 12, 41
+ELSEWHERE = {"corpus", "data", "tokenizer", "model", "adapt"}
+"""Families that a loss does not show: data has tests of its own, and the model is the Transformer of all cases."""
+
+
+class Tokens:
+    """Text of no corpus: ids that repeat with some noise, in two documents, and a label for each row."""
+
+    bytes = tokens = 0
+
+    def batch(self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0,
+              ranks: int = 1) -> Batch:  # fmt: skip
+        generator = Key(0).fold("golden", step, micro).generator()
+        phase = torch.randint(0, VOCABULARY - 4, (size, 1), generator=generator)
+        noise = torch.randint(0, 3, (size, BLOCK + 1), generator=generator)
+        stream = 3 + (phase + 5 * torch.arange(BLOCK + 1) + noise) % (VOCABULARY - 4)
+        start = torch.where(torch.arange(BLOCK) < BLOCK // 2, 0, BLOCK // 2).expand(size, -1).contiguous()
+        return {"ids": stream[:, :-1].contiguous(), "next": stream[:, 1:].contiguous(), "start": start,
+                "label": phase[:, 0] % 2}  # fmt: skip
+
+    def evaluation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
+        return iter(())
+
+
+class Pictures(Tokens):
+    """Stripes, in the place of ids: their direction is the label."""
+
+    def batch(self, key: Key, step: int, size: int, *rest: int) -> Batch:
+        generator = Key(0).fold("pictures", step).generator()
+        label = torch.randint(0, 2, (size,), generator=generator)
+        stripes = torch.arange(8).float().mul(2).sin().expand(size, 2, 8, 8)
+        pixels = torch.where(label.view(-1, 1, 1, 1) == 1, stripes, stripes.transpose(2, 3))
+        return {"ids": pixels + 0.1 * torch.randn(pixels.shape, generator=generator), "label": label}
+
+
+class Classify(Objective):
+    """Cross-entropy of one label a row."""
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"rows": torch.tensor(len(batch["label"]))}
+
+    def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
+        logits = model(batch["ids"], key=None if key is None else key.tensor()).logits
+        return Result({"loss": Term(nn.functional.cross_entropy(logits, batch["label"], reduction="sum"), "rows")})
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "schedule": {"warmup": 2},
+    "schedule.multi_step": {"at": (0.3, 0.6)},
+    "schedule.wsd": {"decay": 0.7},
+    "optimizer": {"lr": 0.02},
+}
+"""Fields that make a kind show within ten steps."""
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Name -> sections of the recipe."""
+    made: dict[str, dict[str, Any]] = {"base": {}}
+    for family in FAMILIES:
+        if family in ELSEWHERE:
+            continue
+        for kind in kinds(family):
+            name = f"{family}.{kind}"
+            if family in ("objective", "optimizer", "schedule"):
+                made[name] = {family: {"kind": kind, **MORE.get(family, {}), **MORE.get(name, {})}}
+            elif family == "scaling":
+                made[name] = {"model": {"position": {"kind": "rotary", "scaling": variants("scaling")[kind]}}}
+            else:
+                heads = {"heads": 2} if family == "attention" else {}
+                made[name] = {"model": {family: {**heads, **variants(family)[kind]}}}
+    # parts that a causal language model has no place for
+    encoder = {"causal": False, "head": {"kind": "mlm"}}
+    made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
+    made["head.mlm"]["objective"] = {"kind": "masked_lm"}
+    made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
+    made["form.encoder"] = {"model": {"causal": False, "head": {"kind": "classification", "pool": "mean"}}}
+    made["dropout"] = {"model": {"dropout": 0.2, "drop_path": 0.2, "attention": {"dropout": 0.2}}}
+    made["bf16"] = {"trainer": {"precision": "bf16"}}
+    made["accumulate"] = {"trainer": {"accumulate": 2, "batch": 2}}
+    return made
+
+
+CASES = cases()
+
+
+def recipe_of(sections: dict[str, Any]) -> Recipe:
+    base: dict[str, Any] = {
+        "model": {
+            "width": 16,
+            "depth": 2,
+            "attention": {"heads": 2},
+            "vocabulary": VOCABULARY,
+            "context": 32,
+            "residual": {"std": 0.2},
+        },  # from the usual 0.02 all scores are nearly equal and parts hardly differ
+        "optimizer": {"lr": 0.01},
+        "schedule": {"kind": "constant"},
+        "trainer": {"steps": STEPS, "batch": ROWS, "device": "cpu", "threads": 1, "compile": "off"},
+    }
+    return load_recipe(base, [sections])
+
+
+def ten_losses(sections: dict[str, Any]) -> list[float]:
+    recipe = recipe_of(sections)
+    model = build_model(recipe.model, recipe.trainer.seed)
+    classifies = recipe.model.head.kind == "classification"  # type: ignore[attr-defined]
+    objective = Classify() if classifies else recipe.objective.build(Facts(VOCABULARY, 0, 1, 2))
+    source = Source(Tokens() if recipe.model.embedding.of_tokens else Pictures())  # type: ignore[attr-defined]
+    trainer = Trainer(model, objective, source, recipe.optimizer, recipe.schedule, recipe.trainer, quiet=True)
+    return [float(f"{trainer.train_step()['loss']:.9g}") for _ in range(STEPS)]
+
+
+def stored() -> dict[str, list[float]]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+@pytest.fixture
+def written() -> Callable[[str, list[float]], None]:
+    def write(name: str, losses: list[float]) -> None:
+        known = {**stored(), name: losses}
+        rows = [f' "{key}": {json.dumps(known[key])}' for key in sorted(known) if key in CASES]
+        FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+    return write
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_ten_losses_are_the_kept_ones(name: str, written: Callable[[str, list[float]], None]) -> None:
+    losses = ten_losses(CASES[name])
+    if os.environ.get("TORCHSTONE_GOLDEN") == "write":
+        written(name, losses)
+    assert name in stored(), f"no golden losses of {name}: make golden"
+    assert losses == pytest.approx(stored()[name], rel=1e-5 if name != "bf16" else 1e-3)
+
+
+def test_every_kind_has_an_entry_and_every_entry_a_case() -> None:
+    wanted = {f"{family}.{kind}" for family in set(FAMILIES) - ELSEWHERE for kind in kinds(family)}
+    assert wanted <= set(stored())
+    assert set(stored()) == set(CASES)
+
+
+def test_trainings_learn_and_parts_differ() -> None:
+    """Golden numbers of models that do nothing would guard nothing."""
+    known = stored()
+    for name, sections in CASES.items():
+        if recipe_of(sections).model.head.kind == "lm":  # type: ignore[attr-defined]
+            assert known[name][-1] < known[name][0], name
+    usual = {name for name, sections in CASES.items() if recipe_of(sections) == recipe_of({})}
+    others = {name: tuple(losses) for name, losses in known.items() if name not in usual - {"base"}}
+    others.pop("head.mlm")  # the training of objective.masked_lm
+    for name, losses in others.items():
+        for other, theirs in others.items():
+            apart = max(abs(a - b) / b for a, b in zip(losses, theirs, strict=True))
+            assert name == other or apart > 1e-4, f"{name} and {other} could be exchanged unnoticed"
