@@ -102,7 +102,11 @@ def build(
     if isinstance(spec, str):
         family, _, kind = spec.partition(".")
         cls = resolve(family, kind)
-        fields = {name: more.pop(name) for name in list(more) if name in cls.model_fields}
+        fields = {
+            name: more.pop(name)
+            for name in list(more)
+            if name not in ("causal", "position", "context") or name in cls.model_fields
+        }
         if family == "model" and width is not None:
             fields["width"] = width
         spec = validate(cls, fields, spec)

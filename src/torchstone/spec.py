@@ -242,22 +242,29 @@ def resolve(family: str, kind: str) -> type[PartSpec]:
     if kind in _KINDS[family]:
         return _KINDS[family][kind]
     if kind.isidentifier() and not kind.startswith("_"):
-        home = FAMILIES.get(family)
+        home = _home(family)
         if home and importlib.util.find_spec(f"{home}.{kind}") is not None:
             importlib.import_module(f"{home}.{kind}")
         elif kind in _entry_points(family):
             _load_point(family, kind)
     if kind not in _KINDS[family]:
         allowed = kinds(family)
-        raise TorchstoneError(f"no {family} kind {kind!r}{nearest(kind, allowed)}; kinds: {', '.join(allowed)}")
+        raise TorchstoneError(
+            f"no {family} kind {kind!r}{nearest(kind, allowed)}; kinds: {', '.join(allowed) or 'none yet'}"
+        )
     return _KINDS[family][kind]
+
+
+def _home(family: str) -> str | None:
+    """The package of a family's kinds; None while nobody has made it."""
+    home = FAMILIES.get(family)
+    return home if home and importlib.util.find_spec(home) is not None else None
 
 
 def kinds(family: str) -> list[str]:
     """Every kind of a family that can be resolved here, sorted. Imports the family's files."""
     family_root(family)
-    home = FAMILIES.get(family)
-    if home:
+    if home := _home(family):
         for module in pkgutil.iter_modules(importlib.import_module(home).__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{home}.{module.name}")
@@ -342,7 +349,8 @@ def merge(
         if family is not None and isinstance(value, str):
             value = family_root(family).short(value)
         if family is not None and isinstance(value, Mapping) and SHORT in value:
-            value = {**family_root(family).short(value[SHORT]), **{k: v for k, v in value.items() if k != SHORT}}
+            merged = merge(merged, {name: value[SHORT]}, spec, changes, path)
+            value = {k: v for k, v in value.items() if k != SHORT}
         if not isinstance(value, Mapping) or (family is None and nested is None):
             merged[name] = value
             continue

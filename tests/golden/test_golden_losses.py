@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.variants import variants
 from torch import nn
 
+from conformance.variants import variants
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts, Objective, Result, Term
 from torchstone.recipe import Recipe, load_recipe

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from distributed import run_ranks
 
+import tiny
+from distributed import run_ranks
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Facts, tokens_of

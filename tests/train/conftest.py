@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from torchstone.train import training
 from torchstone.train.run import RunFolder
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
+import tiny
 import torchstone
 from torchstone.errors import TorchstoneError
 from torchstone.train import checkpoint, training

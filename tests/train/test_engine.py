@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from torchstone import spec
 from torchstone.errors import TorchstoneError
 from torchstone.model.context import Aux, Context

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from torchstone.recipe import dump_yaml
 from torchstone.train import training
 from torchstone.train.run import RunFolder
@@ -82,10 +82,11 @@ def test_killed_three_times_and_resumed_equals_uncut(tmp_path: Path, recipe: Cal
     """While it starts, in the middle of writing a checkpoint, and between steps."""
     data, run = recipe(**sections()), tmp_path / "cut"
     rng = random.Random(time.time_ns())
+    early, late = time.monotonic() + rng.uniform(0.5, 4), rng.randint(8, 30)
     moments: list[Callable[[], bool]] = [
-        lambda at=time.monotonic() + rng.uniform(0.5, 4): time.monotonic() > at,  # type: ignore[misc]
+        lambda: time.monotonic() > early,
         lambda: any(run.glob("state/.step-*/*")),
-        lambda until=rng.randint(8, 30): steps_logged(run) >= until,  # type: ignore[misc]
+        lambda: steps_logged(run) >= late,
     ]
     for happened in moments:
         process = start(tmp_path, data, "cut", "--resume")

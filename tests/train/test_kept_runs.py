@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from torchstone.train import training
 from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.run import RunFolder

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from torchstone.recipe import load_recipe
 from torchstone.train.memory import TrainingMemory, training_memory
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
-from tiny import assert_same_run, assert_same_tensors, cut_after, rows_without_times
 from torch import nn
 
+import tiny
+from tiny import assert_same_run, assert_same_tensors, cut_after, rows_without_times
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term

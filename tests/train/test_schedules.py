@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -74,9 +75,9 @@ def test_factors_lie_between_zero_and_one_and_only_fall_after_the_warm_up(kind: 
     found = factors(spec, steps)
     assert all(0.0 <= value <= 1.0 for value in found)
     after = found[warmup:]
-    assert all(b <= a + 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(after))
     if warmup >= steps:
-        assert all(b >= a - 1e-12 for a, b in zip(found, found[1:], strict=False)), "a long warm-up only rises"
+        assert all(b >= a - 1e-12 for a, b in itertools.pairwise(found)), "a long warm-up only rises"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -123,6 +123,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
             reason = f"position {layer.position.kind} is added to the input and cannot differ by layer"
         elif causal and self.encoder is not None and not layer.block.takes_memory:
             reason = f"block {layer.block.kind} has no place for a cross-attention"
+        elif causal and self.encoder is not None and not layer.attention.crosses:
+            reason = f"attention {layer.attention.kind} cannot attend to an encoder"
         if reason:
             differs = any(layer != other for other in self._plans[side])
             raise TorchstoneError(f"layer {number}: {reason}" if differs else reason)

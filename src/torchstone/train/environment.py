@@ -42,9 +42,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_threads(threads: int | None) -> int:
-    """CPU threads of a recipe, or as many as the process may use."""
+    """CPU threads of a recipe, else OMP_NUM_THREADS, else as many as the process may use."""
     if threads is not None:
         return threads
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

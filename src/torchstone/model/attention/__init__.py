@@ -39,6 +39,8 @@ class AttentionSpec(PartSpec):
     """What it needs from an earlier layer; only stacks offer such kinds."""
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window"})
     """Names of the mask terms that it can honour, besides documents and padding."""
+    crosses: ClassVar[bool] = False
+    """Whether it can attend to a memory, as the cross-attention of an encoder-decoder."""
     causal_only: ClassVar[bool] = False
     """Whether it has no bidirectional form."""
 

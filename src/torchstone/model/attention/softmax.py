@@ -31,6 +31,7 @@ class SoftmaxSpec(AttentionSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
     can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs"})
+    crosses: ClassVar[bool] = True
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 
