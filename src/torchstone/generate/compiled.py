@@ -60,12 +60,16 @@ class CompiledStep:
         memory = state.memory_tokens
         which = (ids_B.shape[0] == 1, memory is None, memory is not None and memory.valid is None)
         graph = self._graphs.get(which)
-        # inference parameters count as constants only where this is set while a graph is traced
-        with torch._inductor.config.patch(freezing=True):
-            if graph is None:
-                graph = self._graphs[which] = self._compile()
-                _mark(state, ids_B, add_B, order_S)
-            out = graph(ids_B, state.length_B, add_B, order_S, memory, state.parts)
+        arguments = (ids_B, state.length_B, add_B, order_S, memory, state.parts)
+        if graph is not None:
+            out = graph(*arguments)
+        else:
+            graph = self._compile()
+            _mark(state, ids_B, add_B, order_S)
+            # weights count as constants only where this is set while the graph is traced
+            with torch._inductor.config.patch(freezing=True):
+                out = graph(*arguments)
+            self._graphs[which] = graph
         state.longest, state.uniform = longest + 1, False
         return out
 
