@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py [--rounds 20] [--cases bf16-1,fp32-1,bf16-16,fp32-16] [--json FILE]
 
-6 layers, width 384, 6 heads, SwiGLU of 1,024, vocabulary 4,096, tied head; prompts of 32 tokens, 128 new tokens. A case is
-a precision and a batch. The peers, each in a process of its own, in turn:
+6 layers, width 384, 6 heads, SwiGLU of 1,024, vocabulary 4,096, tied head; prompts of 32 tokens, 128 new tokens. A case
+is a precision and a batch. The peers, each in a process of its own, in turn:
 
 ours      Torchstone's engine, compiled
 eager     Torchstone's engine, not compiled
@@ -11,8 +11,8 @@ theirs    transformers' LlamaForCausalLM.generate as it comes
 static    the same with a static cache and its compiled forward
 linears   nothing but the products with weight matrices that 128 steps need, compiled with packed weights: the ceiling
 
-A unit of work is one call that writes 128 tokens a row, prompt included. The ratio is theirs / ours per round, its median
-with a bootstrap 95 % interval; the lower end counts. The share is linears / ours.
+A unit of work is one call that writes 128 tokens a row, prompt included. The ratio is theirs / ours per round, its
+median with a bootstrap 95 % interval; the lower end counts. The share is linears / ours.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def inspect(
     spec = recipe.model
     with torch.device("meta"):
         model = spec.build()
-    context: int = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
+    context: Any = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
     counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
     from torchstone.train.memory import training_memory
 

@@ -59,7 +59,7 @@ class ScheduleSpec(PartSpec):
     family: ClassVar[str] = "schedule"
     default_kind: ClassVar[str] = "cosine"
 
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, lt=10**8)
     """Steps of linear warm-up from zero."""
 
     def factor(self, step: int, steps: int) -> float:
@@ -81,11 +81,11 @@ class AdaptSpec(PartSpec):
 class TrainerSpec(Spec):
     """The training loop."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, lt=10**8)
     """Optimiser steps."""
-    batch: int = Field(8, ge=1)
+    batch: int = Field(8, ge=1, le=2**20)
     """Sequences in one micro-batch on one rank."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**20)
     """Micro-batches in one step."""
     clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null never clips."""
@@ -308,15 +308,57 @@ def load_recipe(
             data = {}
         if not isinstance(data, Mapping):
             raise TorchstoneError(f"{source}: a recipe is a mapping of fields, got {str(data)[:60]!r}")
+    _check_plain(data, "", 0)
     patch: dict[str, Any] = {}
     for override in overrides:
-        patch = _join(patch, parse_override(override) if isinstance(override, str) else override)
+        body = parse_override(override) if isinstance(override, str) else override
+        _check_plain(body, "", 0)
+        patch = _join(patch, body)
     return validate(Recipe, merge(data, patch, Recipe, changes))
+
+
+_NESTED, _LARGEST, _LAYERS = 32, 2**53, 2**14
+"""Levels of a recipe, its largest whole number (the largest that JSON carries safely), and layers of a model."""
+
+
+def _check_plain(data: Any, path: str, level: int) -> None:
+    """Refuse what no field could take, before specs look at it.
+
+    Raises:
+        TorchstoneError: a key or a kind that is no word, a value that is no plain data, a number or a depth beyond all
+            bounds.
+    """
+    here = path or "recipe"
+    if level > _NESTED:
+        raise TorchstoneError(f"{here[:200]}: nested deeper than {_NESTED} levels")
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            if not isinstance(name, str):
+                raise TorchstoneError(f"{here}: the key {str(name)[:40]!r} is no word")
+            inside = f"{path}.{name}" if path else name
+            if name == "kind" and not isinstance(value, str):
+                raise TorchstoneError(f"{inside}: needs the name of a kind, got {str(value)[:60]!r}")
+            if name == "depth" and isinstance(value, int) and value > _LAYERS:
+                raise TorchstoneError(f"{inside}: {value} layers are more than {_LAYERS}")
+            _check_plain(value, inside, level + 1)
+    elif isinstance(data, list | tuple):
+        for number, value in enumerate(data):
+            _check_plain(value, f"{here}.{number}", level + 1)
+    elif isinstance(data, int) and abs(data) > _LARGEST:
+        raise TorchstoneError(f"{here}: {str(data)[:40]} is beyond any bound (2^53)")
+    elif isinstance(data, str) and not data.isprintable():
+        bad = next(letter for letter in data if not letter.isprintable())
+        if bad not in "\n\t":
+            raise TorchstoneError(f"{here}: a text with the character {bad!r}")
+    elif not isinstance(data, str | int | float | None):
+        raise TorchstoneError(f"{here}: {type(data).__name__} is no plain data (text, numbers, lists, mappings)")
 
 
 def _read(source: str | Path) -> str:
     path = Path(source)
     name = str(source)
+    if len(name) > 4096:
+        raise TorchstoneError(f"recipe {name[:40]!r}...: file name too long")
     if not path.suffix and re.fullmatch(r"[A-Za-z0-9_-]+", name) and not path.is_file():
         names = builtin_recipes()
         if name in names:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchstone.data import TextSpec, Prepared, prepare
+from torchstone.data import Prepared, TextDataSpec, prepare
 from torchstone.spec import validate
 
 
@@ -40,6 +40,6 @@ def ready(tmp_path: Path) -> Callable[..., Prepared]:
 
     def run(corpus: object, **fields: object) -> Prepared:
         fields = {"tokenizer": "bytes", "block": 32, "cache": str(tmp_path / "cache"), **fields}
-        return prepare(validate(TextSpec, {"corpus": corpus, **fields}))
+        return prepare(validate(TextDataSpec, {"corpus": corpus, **fields}))
 
     return run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torchstone.data import CorpusSpec, TextSpec
+from torchstone.data import CorpusSpec, TextDataSpec
 from torchstone.data.corpora import _files, packages
 from torchstone.data.corpora.jsonl import JsonlSpec
 from torchstone.data.corpora.packages import PackagesSpec
@@ -142,7 +142,7 @@ def test_a_fingerprint_sees_an_edit_of_the_same_size(tmp_path: Path, spec: type[
 
 def test_hf_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    corpus = validate(TextSpec, {"corpus": {"kind": "hf", "dataset": "x/y"}}).corpus
+    corpus = validate(TextDataSpec, {"corpus": {"kind": "hf", "dataset": "x/y"}}).corpus
     with pytest.raises(TorchstoneError, match=r"pip install 'torchstone\[hf\]'"):
         list(corpus.documents())
 
@@ -155,7 +155,7 @@ def test_hf_reads_saved_and_local_data(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"q": text}) + "\n" for text in ("three", "four")))
 
     def corpus(**fields: object) -> CorpusSpec:
-        return validate(TextSpec, {"corpus": {"kind": "hf", **fields}}).corpus
+        return validate(TextDataSpec, {"corpus": {"kind": "hf", **fields}}).corpus
 
     saved = corpus(dataset=str(tmp_path / "saved"))
     local = corpus(dataset="json", files=str(tmp_path / "x.jsonl"), field="q")

@@ -14,11 +14,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from torchstone.data import CorpusSpec, TextSpec, Document, Prepared, prepare
+from torchstone.data import CorpusSpec, DataSpec, Document, Prepared, TextDataSpec, prepare
 from torchstone.data import store as store_module
 from torchstone.data.store import Cache
 from torchstone.errors import TorchstoneError
-from torchstone.spec import validate
+from torchstone.spec import Part, Spec, validate
 
 SPLITS = ("train", "valid", "test")
 
@@ -52,18 +52,26 @@ class GeneratedSpec(CorpusSpec):
 # ------------------------------------------------------------------------------------------------------- spec
 
 
+def corpus_of(word: str) -> CorpusSpec:
+    return validate(Holder, {"data": word}).data.corpus
+
+
+class Holder(Spec):
+    data: Part[DataSpec]
+
+
 def test_a_string_is_a_path() -> None:
-    assert validate(TextSpec, {"block": 9}).block == 9
-    assert TextSpec.model_validate("./files").corpus.dump() == {"kind": "text", "path": "./files"}
-    assert TextSpec.model_validate("a/b.jsonl").corpus.dump() == {"kind": "jsonl", "path": "a/b.jsonl", "field": "text"}
-    assert TextSpec.model_validate("stdlib").corpus.kind == "stdlib"
-    spec = TextSpec(corpus={"kind": "text", "path": ["a", "b"]})
-    assert validate(TextSpec, spec.dump()) == spec
+    assert validate(TextDataSpec, {"block": 9}).block == 9
+    assert corpus_of("./files").dump() == {"kind": "text", "path": "./files"}
+    assert corpus_of("a/b.jsonl").dump() == {"kind": "jsonl", "path": "a/b.jsonl", "field": "text"}
+    assert corpus_of("stdlib").kind == "stdlib"
+    spec = TextDataSpec(corpus={"kind": "text", "path": ["a", "b"]})
+    assert validate(TextDataSpec, spec.dump()) == spec
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
-        "import sys, torchstone.data; torchstone.data.TextSpec();"
+        "import sys, torchstone.data; torchstone.data.TextDataSpec();"
         "print([m for m in ('torch', 'numpy', 'tokenizers', 'scipy', 'datasets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -205,7 +213,7 @@ def test_a_damaged_entry_is_built_anew(ready: Callable[..., Prepared], folder: P
 
 def _run(spec: dict, barrier: object, answers: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
-    prepared = prepare(validate(TextSpec, spec))
+    prepared = prepare(validate(TextDataSpec, spec))
     answers.put((prepared.hash, prepared.train.tokens, prepared.train._stream[-5:].tolist()))  # type: ignore[attr-defined]
 
 

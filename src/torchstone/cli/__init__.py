@@ -31,6 +31,10 @@ def _run(arguments: list[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output has left
         sys.stderr.close()
         return 0
+    except OSError as error:  # the machine's trouble, not ours: a name too long, a folder that vanished
+        if debug or not error.strerror:
+            return _other(error, debug)
+        return _complain(f"torchstone: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
     except Exception as error:
         return _other(error, debug)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torchstone.data.corpora import CorpusSpec, Document
 from torchstone.data.prepare import Prepared, prepare
 from torchstone.data.spec import DataSpec
-from torchstone.data.text import TextSpec
+from torchstone.data.text import TextDataSpec
 from torchstone.data.tokenizers import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = [
     "DataSpec",
     "Document",
     "Prepared",
-    "TextSpec",
+    "TextDataSpec",
     "Tokenizer",
     "TokenizerSpec",
     "prepare",

@@ -1,4 +1,4 @@
-"""`prepare`: a `TextSpec` becomes tokens on disk, once, and blocks to train on.
+"""`prepare`: a `TextDataSpec` becomes tokens on disk, once, and blocks to train on.
 
 Three cached steps, each keyed by what it depends on: the split (corpus), the tokenizer (train split, settings), the
 tokens (both). All stream: memory is bounded by the largest document and some hundred bytes for each document.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchstone.data.corpora import CorpusSpec, Document, line
-from torchstone.data.text import TextSpec
+from torchstone.data.text import TextDataSpec
 from torchstone.errors import TorchstoneError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Prepared:
         return (document for _, side, document in self._split.pieces(self._corpus) if side == split)
 
 
-def prepare(spec: TextSpec, progress: Callable[[str], None] | None = None) -> Prepared:
+def prepare(spec: TextDataSpec, progress: Callable[[str], None] | None = None) -> Prepared:
     """Splits and tokenises a corpus, or finds that in the cache.
 
     Several processes may do so at once. When it raises, nothing has changed on disk.
@@ -177,7 +177,7 @@ def _tokenise(
 
 
 def _open(
-    spec: TextSpec, split: Split, tokenizer: Tokenizer, folder: Path, meta: dict, sides: tuple[str, ...]
+    spec: TextDataSpec, split: Split, tokenizer: Tokenizer, folder: Path, meta: dict, sides: tuple[str, ...]
 ) -> Prepared:
     from torchstone.data.blocks import Blocks
 

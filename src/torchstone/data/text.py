@@ -17,10 +17,10 @@ from torchstone.spec import Part, part
 if TYPE_CHECKING:
     from torchstone.data.prepare import Prepared
 
-__all__ = ["TextSpec"]
+__all__ = ["TextDataSpec"]
 
 
-class TextSpec(DataSpec):
+class TextDataSpec(DataSpec):
     """Packed text from a corpus, cut into blocks of one length."""
 
     corpus: Part[CorpusSpec] = part("stdlib", "corpus")

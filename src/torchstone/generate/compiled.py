@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._dynamo.exc
 import torch._inductor.config
+import torch._inductor.exc
 
 from torchstone.model.context import Context, Memory
 from torchstone.model.mask import CAUSAL
@@ -24,9 +26,14 @@ from torchstone.model.state import Fixed, Growing, PartState, State
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
 
-__all__ = ["CompiledStep"]
+__all__ = ["CompileFailed", "CompiledStep"]
 
+_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
 _NUMBERS = itertools.count()
+
+
+class CompileFailed(Exception):
+    """The step could not be compiled; the state is as it was."""
 
 
 class CompiledStep:
@@ -53,6 +60,9 @@ class CompiledStep:
             ids_B: the newest token of each row.
             add_B: int64, 1 for each row; 0 for one that has ended, whose length then stays.
             longest: S - 1, tokens of the longest row.
+
+        Raises:
+            CompileFailed: with the reason in one line.
         """
         if self._order_S.shape[0] < state.extent or self._order_S.device != ids_B.device:
             self._order_S = torch.arange(state.extent, device=ids_B.device)
@@ -68,7 +78,11 @@ class CompiledStep:
             _mark(state, ids_B, add_B, order_S)
             # weights count as constants only where this is set while the graph is traced
             with torch._inductor.config.patch(freezing=True):
-                out = graph(*arguments)
+                try:
+                    out = graph(*arguments)
+                except _FAILURES as error:
+                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                    raise CompileFailed(lines[0] if lines else type(error).__name__) from error
             self._graphs[which] = graph
         state.longest, state.uniform = longest + 1, False
         return out

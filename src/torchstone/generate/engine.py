@@ -383,7 +383,13 @@ class Engine:
             longest = max(len(row.history) for row in live if row.finish is None) - 1
             if longest + 1 + spare > state.extent:
                 state.extend(min(need + spare, 2 * state.extent))
-            logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest)
+            self.steps += 1
+            try:
+                logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest)
+            except CompileFailed as error:
+                self._step_aside(str(error))
+                compiled = None
+                logits_BV, best_B = self._decode(None, state, ids_B, add_B, longest)
 
     def _take(self, live: list[_Row], ids_B: torch.Tensor, choice: Choice | None) -> Generator[Event, None, bool]:
         """Give every unfinished row its token; returns whether any row ended."""
@@ -481,7 +487,6 @@ class Engine:
         self, compiled: CompiledStep | None, state: State, ids_B: torch.Tensor, add_B: torch.Tensor, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Feed each row its newest token: logits (B, V), and their argmax where it comes for nothing."""
-        self.steps += 1
         if compiled is not None:
             best_B, logits_BV = compiled(state, ids_B, add_B, longest)
             return logits_BV, best_B
@@ -496,10 +501,14 @@ class Engine:
         if self._compiled is None:
             reason = compiler_works()
             if reason is not None:
-                self._aside = True
-                print(f"torch.compile steps aside: {reason}", file=sys.stderr)
+                self._step_aside(reason)
                 return None
             from torchstone.generate.compiled import CompiledStep  # imports Inductor, which takes a second
 
             self._compiled = CompiledStep(self.model)
         return self._compiled
+
+    def _step_aside(self, reason: str) -> None:
+        """Never compile again, and say so in one line."""
+        self._aside, self._compiled = True, None
+        print(f"torch.compile steps aside: {reason}", file=sys.stderr)

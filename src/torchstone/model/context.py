@@ -97,7 +97,7 @@ class Context:
     mask: Mask = CAUSAL
     relation: Relation = "same"
     slots: torch.Tensor | None = None
-    positions: PositionModules = field(default_factory=dict)
+    positions: PositionModules = field(default_factory=dict[str, Any])
     memory: Memory | None = None
     taps: Taps | None = None
     scope: str = ""

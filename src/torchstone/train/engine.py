@@ -178,7 +178,7 @@ class Trainer:
             sums = total.to(self._wide).flatten(), count.to(self._wide).flatten().expand(total.numel())
             both = self.mesh.sum(torch.stack(sums))
             mean = both[0] / both[1].clamp(min=1)
-            row[name] = mean.item() if mean.numel() == 1 else mean.tolist()  # type: ignore[assignment]
+            row[name] = mean.item() if mean.numel() == 1 else mean.tolist()
         if not math.isfinite(row["loss"]):
             self._explain(batches, step, f"loss {row['loss']}")
         return row
@@ -300,13 +300,11 @@ class Trainer:
         self._mode(training=True)
         if not totals:
             return {}
-        total = self.mesh.sum(torch.stack(list(totals.values())).cpu())
-        count = dict(zip(counts, self.mesh.sum(torch.stack(list(counts.values())).cpu()).tolist(), strict=True))
-        each = {
-            name: value / max(1.0, count[weights[name][0]]) for name, value in zip(totals, total.tolist(), strict=True)
-        }
+        sums = self.mesh.sum(torch.stack(list(totals.values())).cpu()).tolist()
+        numbers = dict(zip(counts, self.mesh.sum(torch.stack(list(counts.values())).cpu()).tolist(), strict=True))
+        each = {name: value / max(1.0, numbers[weights[name][0]]) for name, value in zip(totals, sums, strict=True)}
         row = {f"{prefix}_loss": sum(weights[name][1] * value for name, value in each.items())}
-        if self.objective.codes and getattr(split, "bytes", 0):
+        if self.objective.codes and split.bytes:
             # every token but the first is a target
             row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
         return row
@@ -362,7 +360,7 @@ class Trainer:
             TorchstoneError: it is of another model or optimiser.
         """
         load_weights(self.model, checkpoint.tensors["model"], "the checkpoint's model")
-        if list(self.objective.parameters()) or list(self.objective.buffers()):
+        if self.objective.state_dict():
             load_weights(self.objective, checkpoint.tensors.get("objective", {}), "the checkpoint's objective")
         saved = checkpoint.tensors.get("optimizer", {})
         state: dict[str, dict[str, torch.Tensor]] = {}

@@ -72,27 +72,25 @@ def train(
         recipe = load_recipe(recipe, overrides, changes)
     elif overrides := list(overrides):
         recipe = load_recipe(recipe.dump(), overrides, changes)
-    for line in changes.lines:
-        say(line)
-    going_on = resume and folder.exists()
+    going_on, checkpoint = resume and folder.exists(), None
     if going_on:
         recipe = _keep_choices(recipe, folder.recipe)
         _check_same(recipe, folder)
+        checkpoint = folder.checkpoints().load()
+        _check_steps(recipe, folder.recipe, 0 if checkpoint is None else checkpoint.step)
     else:
         folder.check_free()
+    if recipe.init_from is not None and checkpoint is None:
+        RunFolder(recipe.init_from).require()
     threads = choose_threads(recipe.trainer.threads)
     torch.set_num_threads(threads)
     device = choose_device(recipe.trainer.device)
     mesh = build_mesh(recipe.parallel, device)
     prepared = recipe.data.prepare(say if mesh.first else None)
-    say(prepared.description)
     recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
     objective = _objective(recipe, _facts(prepared.tokenizer))
-    checkpoint = None
     if going_on:
         _check_corpus(folder, prepared.hash)
-        checkpoint = folder.checkpoints().load()
-        _check_steps(recipe, folder.recipe, 0 if checkpoint is None else checkpoint.step)
     model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
     if checkpoint is None and recipe.init_from is not None:
         source = RunFolder(recipe.init_from).require()
@@ -102,6 +100,8 @@ def train(
     block = getattr(recipe.data, "block", 1)
     costs = measure(model, block)
     _rehearse(model, objective, prepared.train, recipe, device)
+    for line in (*changes.lines, prepared.description):
+        say(line)
     compiled = _compile(model, recipe, costs.flops_per_token, say)
     facts = environment(device, threads, compiled, mesh.ranks) | {"corpus": prepared.hash}
     writer = _tensorboard(recipe)

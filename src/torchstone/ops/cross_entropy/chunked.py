@@ -41,7 +41,7 @@ def _log_probabilities(z: torch.Tensor) -> torch.Tensor:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, weight_VD, targets_N, weights_N, bias_V, softcap, rows, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, h_ND, weight_VD, targets_N, weights_N, bias_V, softcap, rows, dtype):
         used = targets_N >= 0
         scale = used.to(at_least_float32(h_ND).dtype)
         if weights_N is not None:
@@ -77,7 +77,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         grad_h, grad_w, grad_b = (
             None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
         )

@@ -27,13 +27,13 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         return _turn(x, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grad, cos, -sin, ctx.interleaved), None, None, None
 

@@ -50,9 +50,9 @@ def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> list[NamedPara
                     continue
                 full = parameter_name(".".join(step for step in (prefix, path, name) if step))
                 fused = isinstance(module, Linear) and name == "weight"
-                hidden = fused and not {"head", "embed"} & set(module.roles)  # type: ignore[arg-type]
+                hidden = fused and not {"head", "embed"} & set(module.roles)
                 slices = module.slices if fused else (value.shape[0] if value.dim() else 1,)
-                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden)  # type: ignore[arg-type]
+                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden)
     return list(found.values())
 
 

@@ -48,7 +48,7 @@ class MuonSpec(OptimizerSpec):
                 }
             )
         rest = [p for p in named if not p.hidden]
-        groups += decay_groups(rest, self.weight_decay, peak=self.lr, muon=False)  # type: ignore[arg-type]
+        groups += decay_groups(rest, self.weight_decay, peak=self.lr, muon=False)
         return Muon(groups, self.lr, self)
 
 
