@@ -15,7 +15,7 @@ from torchstone.model import ModelSpec
 from torchstone.model.measure import measure
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Part, PartSpec, Spec, resolve, validate
-from torchstone.train.run import RunFolder, build_model
+from torchstone.train.run import RunFolder, build_model, shape_of
 from torchstone.train.training import train as _train
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ def inspect(
     """
     recipe = _recipe_of(what, overrides)
     spec = recipe.model
-    with torch.device("meta"):
-        model = spec.build()
+    model = shape_of(spec)
     context: Any = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
     counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
     from torchstone.train.memory import training_memory

@@ -317,39 +317,34 @@ def load_recipe(
     return validate(Recipe, merge(data, patch, Recipe, changes))
 
 
-_NESTED, _LARGEST, _LAYERS = 32, 2**53, 2**14
-"""Levels of a recipe, its largest whole number (the largest that JSON carries safely), and layers of a model."""
+_NESTED, _LARGEST = 32, 2**53
+"""Levels of a recipe, and its largest whole number (the largest that JSON carries safely)."""
 
 
 def _check_plain(data: Any, path: str, level: int) -> None:
     """Refuse what no field could take, before specs look at it.
 
     Raises:
-        TorchstoneError: a key or a kind that is no word, a value that is no plain data, a number or a depth beyond all
-            bounds.
+        TorchstoneError: a key or a kind that is no word, a value that is no plain data, a number beyond all bounds.
     """
     here = path or "recipe"
     if level > _NESTED:
         raise TorchstoneError(f"{here[:200]}: nested deeper than {_NESTED} levels")
     if isinstance(data, Mapping):
         for name, value in data.items():
-            if not isinstance(name, str):
+            if not isinstance(name, str) or not name.isprintable():
                 raise TorchstoneError(f"{here}: the key {str(name)[:40]!r} is no word")
             inside = f"{path}.{name}" if path else name
             if name == "kind" and not isinstance(value, str):
                 raise TorchstoneError(f"{inside}: needs the name of a kind, got {str(value)[:60]!r}")
-            if name == "depth" and isinstance(value, int) and value > _LAYERS:
-                raise TorchstoneError(f"{inside}: {value} layers are more than {_LAYERS}")
             _check_plain(value, inside, level + 1)
     elif isinstance(data, list | tuple):
         for number, value in enumerate(data):
             _check_plain(value, f"{here}.{number}", level + 1)
     elif isinstance(data, int) and abs(data) > _LARGEST:
         raise TorchstoneError(f"{here}: {str(data)[:40]} is beyond any bound (2^53)")
-    elif isinstance(data, str) and not data.isprintable():
-        bad = next(letter for letter in data if not letter.isprintable())
-        if bad not in "\n\t":
-            raise TorchstoneError(f"{here}: a text with the character {bad!r}")
+    elif isinstance(data, str) and any("\ud800" <= letter <= "\udfff" for letter in data):
+        raise TorchstoneError(f"{here}: the text {data[:40]!r} holds half of a surrogate pair")
     elif not isinstance(data, str | int | float | None):
         raise TorchstoneError(f"{here}: {type(data).__name__} is no plain data (text, numbers, lists, mappings)")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from torchstone.cli import main
 from torchstone.recipe import dump_yaml
 from torchstone.train import training

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
+
+import tiny
 
 Cli = Callable[..., Any]
 
@@ -181,7 +182,9 @@ def test_a_run_directory_that_is_none_or_is_taken(refused: Callable[..., str], h
 
 
 def test_resuming_with_another_recipe_names_the_fields(refused: Callable[..., str], home: Path) -> None:
-    line = refused("train", home / "recipe.yaml", "optimizer.lr=0.5", "model.depth=2", "--out", home / "run", "--resume")
+    line = refused(
+        "train", home / "recipe.yaml", "optimizer.lr=0.5", "model.depth=2", "--out", home / "run", "--resume"
+    )
     assert "optimizer.lr (0.5 here, 0.001 there)" in line and "model.depth (2 here, 1 there)" in line
 
 
@@ -199,7 +202,10 @@ def test_a_broken_checkpoint_is_named_by_resume_and_by_generate(
     refused: Callable[..., str], home: Path, tmp_path: Path, damage: str
 ) -> None:
     shutil.copytree(home / "run", tmp_path / "run")
-    for path in (tmp_path / "run" / "state" / "step-00000004" / "model.safetensors", tmp_path / "run" / "model.safetensors"):
+    for path in (
+        tmp_path / "run" / "state" / "step-00000004" / "model.safetensors",
+        tmp_path / "run" / "model.safetensors",
+    ):
         raw = path.read_bytes()
         path.write_bytes(DAMAGE[damage](raw))
         if damage == "foreign":

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from typer.main import get_command
 
+import tiny
 from torchstone import __version__
 from torchstone.cli.app import app
 from torchstone.recipe import Recipe, builtin_recipes, load_recipe

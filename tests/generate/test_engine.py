@@ -91,9 +91,17 @@ def test_compiled_greedy_decoding_equals_eager_for_every_part(name: str) -> None
 def test_inductor_greedy_decoding_equals_recomputing(name: str) -> None:
     model, prompts = build(**MODELS[name]), ids(*LENGTHS)
     memory = sources(model, len(prompts))
-    done = Engine(model, compile="on").generate(prompts, GREEDY, **memory)
+    engine = Engine(model, compile="on")
+    done = engine.generate(prompts, GREEDY, **memory)
     for row, prompt in enumerate(prompts):
         assert done[row].ids == recomputed(model, prompt, NEW, memory["memory"][row] if memory else None)
+    # rows that leave, longer texts, another number of rows, equal prompts
+    engine.eos = frozenset(one.ids[3] for one in done[:3])
+    plain, long = Engine(model, compile="off", eos=engine.eos), Sampling(temperature=0, max_new_tokens=35)
+    more = [*prompts, *prompts]
+    extra = {what: [*value, *value] for what, value in memory.items()}
+    assert engine.generate(more, long, **extra) == plain.generate(more, long, **extra)
+    assert engine._compiled is not None
 
 
 @pytest.mark.parametrize(
@@ -276,6 +284,18 @@ def test_compile_steps_aside_with_one_line(monkeypatch: pytest.MonkeyPatch, capf
     first = engine.generate(ids(4), GREEDY)
     assert first == engine.generate(ids(4), GREEDY) == Engine(build(), compile="off").generate(ids(4), GREEDY)
     assert capfd.readouterr().err == "torch.compile steps aside: no C++ compiler at CXX=/nonexistent\n"
+
+
+def test_step_that_does_not_compile_steps_aside_in_the_middle(capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(graph: Any, example: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    model, prompts = build(depth=1), ids(*LENGTHS)
+    plain = Engine(model, compile="off").generate(prompts, GREEDY)
+    engine = stepped(model, broken)  # type: ignore[arg-type]
+    assert engine.generate(prompts, GREEDY) == plain == engine.generate(prompts, GREEDY)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "steps aside" in said and "no such luck" in said
 
 
 def test_no_prompts_give_no_texts() -> None:

@@ -19,9 +19,7 @@ app = typer.Typer(
 recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their schema.")
 app.add_typer(recipe_app, name="recipe")
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 

@@ -12,13 +12,10 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._dynamo.exc
-import torch._inductor.config
-import torch._inductor.exc
 
 from torchstone.model.context import Context, Memory
 from torchstone.model.mask import CAUSAL
@@ -28,7 +25,6 @@ from torchstone.model.transformer import Transformer
 
 __all__ = ["CompileFailed", "CompiledStep"]
 
-_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
 _NUMBERS = itertools.count()
 
 
@@ -46,7 +42,7 @@ class CompiledStep:
 
     def __init__(self, model: Transformer, backend: str = "inductor") -> None:
         self.model, self.backend = model, backend
-        self._graphs: dict[tuple[bool, ...], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._graphs: dict[tuple[Any, ...], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
         self._order_S = torch.arange(0)
 
     def __call__(
@@ -55,8 +51,8 @@ class CompiledStep:
         """The best next tokens (B,) and the logits (B, V).
 
         Args:
-            state: decode state with room for two more tokens a row (were a cache ever read to its very end, that would
-                be a graph of its own); it is advanced.
+            state: decode state, settled, with room for two more tokens a row (were a cache ever read to its very end,
+                that would be a graph of its own); it is advanced.
             ids_B: the newest token of each row.
             add_B: int64, 1 for each row; 0 for one that has ended, whose length then stays.
             longest: S - 1, tokens of the longest row.
@@ -68,7 +64,9 @@ class CompiledStep:
             self._order_S = torch.arange(state.extent, device=ids_B.device)
         order_S = self._order_S[: longest + 1]
         memory = state.memory_tokens
-        which = (ids_B.shape[0] == 1, memory is None, memory is not None and memory.valid is None)
+        # sizes of one are no sizes that vary: every pattern of them has a graph of its own
+        columns = {} if memory is None else memory._columns()
+        which = (ids_B.shape[0] == 1, *((name, *(size == 1 for size in x.shape)) for name, x in columns.items()))
         graph = self._graphs.get(which)
         arguments = (ids_B, state.length_B, add_B, order_S, memory, state.parts)
         if graph is not None:
@@ -76,16 +74,19 @@ class CompiledStep:
         else:
             graph = self._compile()
             _mark(state, ids_B, add_B, order_S)
-            # weights count as constants only where this is set while the graph is traced
-            with torch._inductor.config.patch(freezing=True):
-                try:
-                    out = graph(*arguments)
-                except _FAILURES as error:
-                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                    raise CompileFailed(lines[0] if lines else type(error).__name__) from error
+            out = _first(graph, arguments)
             self._graphs[which] = graph
         state.longest, state.uniform = longest + 1, False
         return out
+
+    @staticmethod
+    def settle(state: State) -> None:
+        """Lay the tensors of a state out as every fork of it does; once, before its first step."""
+        for part in state.parts.values():
+            part.rows(torch.Tensor.contiguous)
+        if state.memory_tokens is not None:
+            columns = {name: x.contiguous() for name, x in state.memory_tokens._columns().items()}
+            state.memory_tokens = replace(state.memory_tokens, **columns)
 
     def _compile(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         model = self.model
@@ -112,6 +113,21 @@ class CompiledStep:
         own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
         options: dict[str, Any] | None = {"guard_filter_fn": _relevant} if self.backend == "inductor" else None
         return torch.compile(own, fullgraph=True, backend=self.backend, options=options)
+
+
+def _first(graph: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """The first call of a graph, in which it is compiled."""
+    import torch._inductor.config  # here, because importing Inductor takes seconds
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    # weights count as constants only where this is set while the graph is traced
+    with torch._inductor.config.patch(freezing=True):
+        try:
+            return graph(*arguments)
+        except (TorchDynamoException, InductorError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CompileFailed(" ".join(lines[:2])[:200] or type(error).__name__) from error
 
 
 def _relevant(guards: Sequence[Any]) -> list[bool]:

@@ -15,13 +15,14 @@ import copy
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
+from torchstone.generate.compiled import CompiledStep, CompileFailed
 from torchstone.generate.noise import NoiseSource, Request, SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.text import Writer
@@ -31,9 +32,6 @@ from torchstone.model.transformer import Transformer
 from torchstone.ops.compiler import compiler_works
 from torchstone.train.environment import choose_device
 from torchstone.train.run import RunFolder
-
-if TYPE_CHECKING:
-    from torchstone.generate.compiled import CompiledStep
 
 __all__ = ["Compile", "Completion", "Engine", "Event", "Finish", "Prompts"]
 
@@ -352,6 +350,8 @@ class Engine:
         live, step = list(rows), 0
         spare = 0 if compiled is None else 1  # slots that a compiled step wants beyond the newest token's
         state, logits_BV = self._read(rows, need, spare)
+        if compiled is not None:
+            compiled.settle(state)
         seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
         add_B = torch.ones(len(rows), dtype=torch.int64, device=self.device)
         best_B: torch.Tensor | None = None
@@ -503,8 +503,6 @@ class Engine:
             if reason is not None:
                 self._step_aside(reason)
                 return None
-            from torchstone.generate.compiled import CompiledStep  # imports Inductor, which takes a second
-
             self._compiled = CompiledStep(self.model)
         return self._compiled
 

@@ -32,12 +32,16 @@ from torchstone.spec import Part, merge, part, validate
 __all__ = ["Output", "Transformer", "TransformerSpec"]
 
 
+_DEEPEST = 10_000
+"""Layers of one side, at most: ten times the deepest Transformer that anybody has trained."""
+
+
 class TransformerSpec(LayerSpec, ModelSpec):
     """The backbone: encoder, decoder or encoder-decoder from swappable parts."""
 
     width: int = Field(256, ge=1)
     """Width of the stream."""
-    depth: int = Field(4, ge=1)
+    depth: int = Field(4, ge=1, le=_DEEPEST)
     """Number of layers (of the decoder, where there is an encoder too)."""
     vocabulary: int | None = Field(None, ge=1)
     """Number of token ids; None takes the tokenizer's."""
@@ -73,8 +77,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
                     )
                 body = dict(self.encoder)
                 depth, layers = body.pop("depth", self.depth), body.pop("layers", ())
-                if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-                    raise TorchstoneError(f"encoder.depth: needs a whole number from 1, got {depth!r}")
+                if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= _DEEPEST:
+                    raise TorchstoneError(f"encoder.depth: needs a whole number from 1 to {_DEEPEST}, got {depth!r}")
                 base = validate(LayerSpec, merge(self._base().dump(), body, LayerSpec), "encoder")
                 self._plans["encoder"] = self._plan(base, depth, layers, "encoder.")
             for side, plan in self._plans.items():

@@ -34,11 +34,17 @@ from torchstone.spec import Part, Spec, validate
 from torchstone.train.checkpoint import Checkpoints, load_tensors
 from torchstone.train.migrations import FORMAT_VERSION, migrate
 
-__all__ = ["RunFolder", "build_model", "load_weights"]
+__all__ = ["RunFolder", "build_model", "load_weights", "shape_of"]
 
 
-_FIXED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "environment.json", "config.json",
-          "recipe.yaml")
+_FIXED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "environment.json",
+    "config.json",
+    "recipe.yaml",
+)
 """What is written when a run begins, in this order."""
 
 
@@ -46,10 +52,41 @@ class _ModelHolder(Spec):
     model: Part[ModelSpec]
 
 
+def shape_of(spec: ModelSpec) -> nn.Module:
+    """The model on the meta device: all shapes, no memory.
+
+    Raises:
+        TorchstoneError: a matrix has more elements than can be counted.
+    """
+    try:
+        with torch.device("meta"):
+            return spec.build()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise TorchstoneError("model: its sizes multiply to more bytes than can be counted") from None
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all, where that is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
 def build_model(spec: ModelSpec, seed: int | None, device: torch.device | str = "cpu") -> nn.Module:
-    """The model on `device`, every parameter drawn by (seed, name); `seed` None leaves them unset for loading."""
-    with torch.device("meta"):
-        model = spec.build()
+    """The model on `device`, every parameter drawn by (seed, name); `seed` None leaves them unset for loading.
+
+    Raises:
+        TorchstoneError: the device has less memory than the weights take.
+    """
+    model = shape_of(spec)
+    need, there = sum(p.numel() * p.element_size() for p in model.parameters()), _memory(torch.device(device))
+    if there is not None and need > there:
+        raise TorchstoneError(f"model: its weights take {need / 1e9:,.0f} GB, {device} has {there / 1e9:,.0f} GB")
     model = model.to_empty(device=device)
     return model if seed is None else initialise(model, seed)
 
@@ -249,9 +286,16 @@ class RunFolder:
                 tokenizer.save(made)
                 for name in _FIXED[:2]:
                     write_bytes(self.path / name, Path(made, name).read_bytes())
-            write_json(self.path / "generation_config.json", {
-                "bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator,
-                "pad_token_id": tokenizer.pad, "do_sample": True, "max_new_tokens": 256})
+            write_json(
+                self.path / "generation_config.json",
+                {
+                    "bos_token_id": tokenizer.separator,
+                    "eos_token_id": tokenizer.separator,
+                    "pad_token_id": tokenizer.pad,
+                    "do_sample": True,
+                    "max_new_tokens": 256,
+                },
+            )
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config_of(recipe.model, tokenizer))
         write_bytes(self.path / "recipe.yaml", recipe.yaml().encode())

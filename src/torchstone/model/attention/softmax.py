@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from torchstone import ops
+from torchstone.errors import TorchstoneError
 from torchstone.model.attention import Attention, AttentionSpec
 from torchstone.model.context import Aux, Context, Handoff
 from torchstone.model.mask import BIDIRECTIONAL, Lowered, lower
@@ -93,6 +94,11 @@ class _Softmax(Attention):
         arguments: dict[str, Any] = {"scale": self.scale, "softcap": self.spec.softcap}
         if self.gives.probs or dropping or ctx.hears("probs"):
             if low.mask_of is not None:
+                if not (self.gives.probs or ctx.hears("probs")):
+                    raise TorchstoneError(
+                        f"attention.dropout: {q_BHTK.shape[2]} tokens, and it holds all probabilities; set it to 0 for "
+                        "long sequences"
+                    )
                 low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])
             y, probs, _ = kernels.attention_reference(
                 q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments
