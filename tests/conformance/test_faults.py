@@ -151,9 +151,9 @@ def faulty(module: type[Attention]) -> type[SoftmaxSpec]:
         "__module__": __name__,
         "__qualname__": f"{module.__name__}Spec",
         "__doc__": module.__doc__,
-        "__annotations__": {"kind": "ClassVar[str]", "hidden": "ClassVar[bool]"},
+        "__annotations__": {"kind": "ClassVar[str]", "offered": "ClassVar[bool]"},
         "kind": f"faulty_{module.__name__.lower()}",
-        "hidden": True,  # so that no list of kinds in this process has it
+        "offered": False,  # so that no list of kinds in this process has it
         "build": build,
     }
     return type(f"{module.__name__}Spec", (SoftmaxSpec,), body)
@@ -163,7 +163,7 @@ class CrowdedSpec(RMSNormSpec):
     """See `Crowded`."""
 
     kind: ClassVar[str] = "faulty_crowded"
-    hidden: ClassVar[bool] = True
+    offered: ClassVar[bool] = False
 
     def build(self, width: int) -> torch.nn.Module:
         return Crowded(width, self)
@@ -173,7 +173,7 @@ class UnrestartedSpec(LearnedSpec):
     """See `Unrestarted`."""
 
     kind: ClassVar[str] = "faulty_table"
-    hidden: ClassVar[bool] = True
+    offered: ClassVar[bool] = False
     gives: ClassVar[Literal["embedding"]] = "embedding"
 
     def build(self, dim: int, heads: int, width: int, context: int, causal: bool) -> Position:
@@ -184,7 +184,7 @@ class DroppedFieldSpec(PositionSpec):
     """A field that the dump loses."""
 
     kind: ClassVar[str] = "faulty_dump"
-    hidden: ClassVar[bool] = True
+    offered: ClassVar[bool] = False
     far: int = 3
 
     def model_dump(self, **arguments: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class GeneratedSpec(CorpusSpec):
     """Documents that exist nowhere but in the loop that reads them: a kind from outside the package."""
 
     kind: ClassVar[str] = "generated_for_tests"
+    offered: ClassVar[bool] = False
     count: int = 100
 
     def documents(self) -> Iterator[Document]:

@@ -140,7 +140,7 @@ def test_unknown_family_is_one_sentence() -> None:
             {"layers": [{"at": [1], "ffn": {"kind": "mlpp"}}], "depth": 2},
             r"layers.0.ffn: no ffn kind 'mlpp' \(did you mean 'mlp'\?\)",
         ),
-        ({"encoder": {"depth": 0}}, r"encoder.depth: needs a whole number from 1, got 0"),
+        ({"encoder": {"depth": 0}}, r"encoder.depth: needs a whole number from 1 to 10000, got 0"),
         ({"encoder": {"heads": 2}}, r"encoder: no field 'heads'"),
         ({"encoder": {"depth": 1}, "causal": False}, r"encoder: an encoder-decoder needs causal: true"),
         ({"encoder": {"depth": 1}, "block": "parallel"}, r"block parallel has no place for a cross-attention"),

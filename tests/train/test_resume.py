@@ -26,7 +26,7 @@ class PlayerSpec(ObjectiveSpec):
     """An objective from outside the package that owns a network, with a dropout of torch's, and a running average."""
 
     kind: ClassVar[str] = "player_of_a_test"
-    hidden: ClassVar[bool] = True
+    offered: ClassVar[bool] = False
 
     def build(self, facts: Facts) -> Objective:
         return Player()

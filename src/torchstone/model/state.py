@@ -72,10 +72,9 @@ class Growing(PartState):
 
     def write(self, slots_BT: torch.Tensor, longest: int, **new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Store `new` (B, T, *shape) at `slots_BT` and give back the whole caches (B, longest, *shape), in order."""
-        out = []
+        out, rows = [], torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
         for name, value in new.items():
             cache = self.tensors[name]
-            rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
             cache.index_put_((rows, slots_BT), value.to(cache.dtype))
             out.append(cache[:, :longest])
         return tuple(out)
