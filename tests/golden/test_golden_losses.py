@@ -141,12 +141,6 @@ def stored() -> dict[str, list[float]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-@pytest.fixture(autouse=True)
-def _every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Muon multiplies in bf16 where the processor can; golden numbers are those of every machine."""
-    monkeypatch.setattr("torchstone.train.optimizers.muon._multiplies_bf16", lambda device: False)
-
-
 @pytest.fixture
 def written() -> Callable[[str, list[float]], None]:
     def write(name: str, losses: list[float]) -> None:

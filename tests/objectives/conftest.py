@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where text and token cache of this session's tiny trainings lie."""
+    """Where text and token cache of all tiny trainings here lie."""
     return tmp_path_factory.getbasetemp()

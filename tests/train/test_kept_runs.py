@@ -32,8 +32,6 @@ def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)  # the path of the text in the kept recipe is relative
     monkeypatch.setenv("TORCHSTONE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
-    # Muon multiplies in bf16 where the processor can; kept numbers are those of every machine
-    monkeypatch.setattr("torchstone.train.optimizers.muon._multiplies_bf16", lambda device: False)
 
 
 def recipe_now() -> dict[str, Any]:

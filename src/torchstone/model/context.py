@@ -16,6 +16,7 @@ from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Lowered, Mask, Relation
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens
 from torchstone.ops import noise
+from torchstone.ops.compiler import constant_for_compiler
 
 if TYPE_CHECKING:
     from torchstone.model.position import Rotation
@@ -39,7 +40,7 @@ def add_aux(a: Aux, b: Aux) -> Aux:
     return merged
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _code(name: str) -> int:
     """A number for a name, for keys that are folded inside compiled code."""
     return Key(0).fold(name).value >> 2

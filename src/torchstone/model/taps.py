@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from torchstone.errors import TorchstoneError
+from torchstone.ops.compiler import constant_for_compiler
 
 __all__ = ["Taps"]
 
@@ -22,7 +23,7 @@ __all__ = ["Taps"]
 _FITTING: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _fitting(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
     """The patterns that `name` fits, found once. A constant to compiled code, which cannot trace `fnmatch`."""
     if (patterns, name) not in _FITTING:

@@ -204,7 +204,8 @@ class Trainer:
             self._explain(batches, self.step, f"gradient norm {row['grad_norm']}")
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.clip, norm)
-        self.optim.step()
+        with autocast(self.device, self.spec):  # Muon's products are matrix work like the model's
+            self.optim.step()
         if self.ema is not None and self.spec.ema is not None:
             with torch.no_grad():
                 for p in self.named:

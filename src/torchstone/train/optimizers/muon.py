@@ -55,10 +55,12 @@ class MuonSpec(OptimizerSpec):
 def orthogonal(g_OI: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """Nearest semi-orthogonal matrix of `g`, roughly: singular values come to lie between 0.7 and 1.2.
 
-    Five steps of the quintic with the coefficients of Jordan et al. 2024, in bf16 where the device has it.
+    Five steps of the quintic with the coefficients of Jordan et al. 2024, in the products' type of autocast: the engine
+    steps under the recipe's precision.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g_OI.bfloat16() if _multiplies_bf16(g_OI.device) else g_OI
+    kind = g_OI.device.type
+    x = g_OI.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else g_OI
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
@@ -66,10 +68,6 @@ def orthogonal(g_OI: torch.Tensor, iterations: int = 5) -> torch.Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(g_OI.dtype)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 class Muon(torch.optim.Optimizer):
