@@ -29,6 +29,7 @@ def ours(compiled: bool) -> Any:
     from torchstone.recipe import load_recipe
     from torchstone.train.engine import Source, Trainer
     from torchstone.train.run import build_model
+    from torchstone.train.training import compile_model
 
     recipe = load_recipe(
         {
@@ -64,8 +65,7 @@ def ours(compiled: bool) -> Any:
         quiet=True,
     )
     if compiled:
-        for layer in model.decoder.layers:
-            layer.compile()
+        compile_model(model)
     return trainer.train_step
 
 

@@ -28,7 +28,7 @@ from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
 
-__all__ = ["MAY_CHANGE", "train"]
+__all__ = ["MAY_CHANGE", "compile_model", "train"]
 
 MAY_CHANGE = (
     "trainer.log_every",
@@ -286,11 +286,16 @@ def _compile(model: nn.Module, recipe: Recipe, flops: float, say: Callable[[str]
     if reason is not None:
         say(f"torch.compile steps aside: {reason}")
         return "off"
+    compile_model(model)
+    return "on"
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile each block of a model in place (a model without blocks as a whole)."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     blocks = [layer for stack in getattr(model, "stacks", {}).values() for layer in stack.layers]
     for block in blocks or [model]:
         block.compile()
-    return "on"
 
 
 def _tensorboard(recipe: Recipe) -> Any:
