@@ -367,7 +367,8 @@ class Transformer(nn.Module):
     def _last(hidden: torch.Tensor, q: Tokens) -> tuple[torch.Tensor, Tokens]:
         """Hidden states (B, 1, D) of each row's last valid token."""
         if q.valid is None:
-            return hidden[:, -1:], q.slice(q.index.shape[1] - 1, q.index.shape[1])
+            # contiguous: a strided row would make the head's product one of B matrices, each with a weight of its own
+            return hidden[:, -1:].contiguous(), q.slice(q.index.shape[1] - 1, q.index.shape[1])
         order = torch.arange(q.index.shape[1], device=hidden.device)
         at_B = torch.where(q.valid.expand(hidden.shape[0], -1), order, 0).amax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), at_B][:, None], q.pick(at_B)

@@ -291,11 +291,11 @@ def _compile(model: nn.Module, recipe: Recipe, flops: float, say: Callable[[str]
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile each block of a model in place (a model without blocks as a whole)."""
+    """Compile each block and final norm of a model in place (a model without blocks as a whole)."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    blocks = [layer for stack in getattr(model, "stacks", {}).values() for layer in stack.layers]
-    for block in blocks or [model]:
-        block.compile()
+    parts = [part for stack in getattr(model, "stacks", {}).values() for part in (*stack.layers, stack.norm)]
+    for part in parts or [model]:
+        part.compile()
 
 
 def _tensorboard(recipe: Recipe) -> Any:

@@ -1,7 +1,9 @@
 """Cross-entropy of a linear head over chunks of rows, with the gradient made in the same pass.
 
 The gradient of a row's logits, ``weight * (softmax - onehot)``, needs nothing from later in the network, so it is
-formed while the chunk's logits are there; the backward pass only scales. Memory is one chunk of logits whatever N is.
+formed while the chunk's logits are there, in their place; the backward pass only scales. Memory is one chunk of logits
+whatever N is. On a CPU the softmax goes through a chunk in strips that stay in the cache: its five passes over float32
+copies of all logits would otherwise take longer than the product itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from torchstone.ops import at_least_float32
 
 _LOGITS = 1 << 23
 """Logits that may exist at once: 32 MB in float32, large enough that the products run at full speed."""
+_STRIP = 1 << 19
+"""Logits in a strip: 2 MB in float32, what the second-level caches of two cores hold."""
 
 
 def _rows(chunk: int | None, vocabulary: int) -> int:
@@ -26,9 +30,8 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _logits(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
-    """Logits (n, V), in the dtype of the product until something is added to them."""
-    z = h @ weight.T
+def _finish(z: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+    """Logits (n, V) from the product, in its dtype until something is added to them."""
     if bias is not None:
         z = at_least_float32(z) + at_least_float32(bias)
     return z if softcap is None else softcap * torch.tanh(at_least_float32(z) / softcap)
@@ -37,6 +40,35 @@ def _logits(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, so
 def _log_probabilities(z: torch.Tensor) -> torch.Tensor:
     """Log-softmax in at least float32: one fused pass, where log-sum-exp and a subtraction take three."""
     return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
+def _differentiate_(
+    z_nV: torch.Tensor,
+    target_n1: torch.Tensor,
+    scale_n1: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Sum of scale * -log p(target) over rows; the product `z_nV` becomes that sum's gradient by it."""
+    n, V = z_nV.shape
+    step = max(1, _STRIP // V) if z_nV.device.type == "cpu" else n
+    total = scale_n1.new_zeros(())
+    for a in range(0, n, step):
+        strip, target, scale = (x[a : a + step] for x in (z_nV, target_n1, scale_n1))
+        z = _finish(strip, bias, softcap)
+        logp = _log_probabilities(z)
+        total = total - (scale * logp.gather(1, target)).sum()
+        g = logp.exp_()
+        g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
+        g.mul_(scale)
+        if softcap is not None:
+            g.mul_(1 - (z / softcap) ** 2)
+        strip.copy_(g)
+    return total
+
+
+def _add(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
+    return b if a is None else a.add_(b)
 
 
 class _Chunked(torch.autograd.Function):
@@ -49,30 +81,23 @@ class _Chunked(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         want_h, want_w, want_b = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
         grad_h = torch.empty_like(h_ND) if want_h else None
-        grad_w = torch.zeros_like(weight_VD) if want_w else None
-        grad_b = torch.zeros_like(bias_V) if want_b else None
+        grad_w = grad_b = None
         total = scale.new_zeros(())
         for a in range(0, h_ND.shape[0], rows):
             part = slice(a, a + rows)
-            keep, target, by = used[part], targets_N[part].clamp(min=0)[:, None], scale[part][:, None]
-            h = torch.where(keep[:, None], h_ND[part], 0).to(dtype)
-            z = _logits(h, weight, bias_V, softcap)
-            logp = _log_probabilities(z)
-            total = total - (by * logp.gather(1, target)).sum()
+            keep, target, by = used[part, None], targets_N[part, None].clamp(min=0), scale[part, None]
+            h = torch.where(keep, h_ND[part], 0).to(dtype)
+            z = h @ weight.T
             if not (want_h or want_w or want_b):
+                total = total - (by * _log_probabilities(_finish(z, bias_V, softcap)).gather(1, target)).sum()
                 continue
-            g = logp.exp_()
-            g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
-            if softcap is not None:
-                g.mul_(1 - (z / softcap) ** 2)
-            if grad_b is not None:
-                grad_b += (by.T @ g)[0]
-            # a row's weight goes onto its D channels rather than onto its V logits: V is larger
-            g = g.to(dtype)
+            total = total + _differentiate_(z, target, by, bias_V, softcap)
+            if want_b:
+                grad_b = _add(grad_b, z.sum(0, dtype=at_least_float32(bias_V).dtype))
             if grad_h is not None:
-                grad_h[part] = (g @ weight) * by
-            if grad_w is not None:
-                grad_w += g.T @ (h * by).to(dtype)
+                grad_h[part] = z @ weight
+            if want_w:
+                grad_w = _add(grad_w, (z.T @ h).to(weight_VD.dtype))
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         return total
 
@@ -112,7 +137,7 @@ def chunked_nll(
     for a in range(0, h_ND.shape[0], rows):
         target = targets_N[a : a + rows]
         h = torch.where((target >= 0)[:, None], h_ND[a : a + rows], 0).to(dtype)
-        z = _logits(h, weight, bias_V, softcap)
+        z = _finish(h @ weight.T, bias_V, softcap)
         nll = -_log_probabilities(z).gather(1, target.clamp(min=0)[:, None])[:, 0]
         parts.append(torch.where(target >= 0, nll, 0.0))
     return torch.cat(parts) if parts else h_ND.new_zeros(0)
