@@ -78,11 +78,9 @@ class Site:
         self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: bool = False
     ) -> nn.Module:
         """A projection of the model's kind. A tuple `out` is one fused matrix whose slices keep their roles."""
-        from torchstone.model.linear import Linear
-
         outs = (out,) if isinstance(out, int) else out
         names = (roles,) if isinstance(roles, str) else roles
-        return Linear(d_in, outs, names, bias, self.linear_spec, self.init)
+        return self.linear_spec.build(d_in, outs, names, bias, self.init)
 
     def norm(self, width: int | None = None, before_linear: bool = False) -> nn.Module:
         """A norm of the model's kind; nothing where the linear that follows owns one."""

@@ -37,9 +37,15 @@ class LinearSpec(PartSpec):
         """The weight (O, I) as the product takes it."""
         return w_OI
 
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+        """The module; a kind with parameters of its own builds its own. Arguments as of `Linear`."""
+        return Linear(d_in, outs, roles, bias, self, init)
 
-class Linear(nn.Module):
+
+class Linear(nn.Linear):
     """``y = input(x) weight(W)^T + b`` with the two functions of a `LinearSpec`.
+
+    An `nn.Linear`, so that tools which look for one find it.
 
     Args:
         d_in: I.
@@ -60,10 +66,11 @@ class Linear(nn.Module):
         spec: LinearSpec,
         init: Initialise,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would draw first values
+        self.in_features, self.out_features = d_in, sum(outs)
         self.slices, self.roles, self.spec, self.init = outs, roles, spec, init
         self.weight = nn.Parameter(torch.empty(sum(outs), d_in))
-        self.bias = nn.Parameter(torch.empty(sum(outs))) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(sum(outs))) if bias else None)
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         if name == "bias":
@@ -76,4 +83,4 @@ class Linear(nn.Module):
         return F.linear(self.spec.input(x), self.spec.weight(self.weight), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"
+        return f"{self.in_features} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"
