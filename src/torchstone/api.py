@@ -21,7 +21,7 @@ from torchstone.train.training import train as _train
 if TYPE_CHECKING:
     from torchstone.generate import Completion
 
-__all__ = ["Run", "build", "inspect", "load", "train"]
+__all__ = ["Run", "build", "import_run", "inspect", "load", "train"]
 
 
 class Run(RunFolder):
@@ -41,16 +41,30 @@ class Run(RunFolder):
         Args:
             prompts: one or several texts.
             device, precision, compile: where and how the model runs.
-            sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...).
+            sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...), laid
+                over what the run's generation_config.json sets.
 
         Raises:
             TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet.
         """
         from torchstone.generate import Engine, Sampling
 
-        options = validate(Sampling, sampling, "sampling")
+        options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
         engine = Engine.of_run(self, device=device, precision=precision, compile=compile)
         return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
+
+    def export(self, out: str | Path, to: str = "hf", dtype: str | None = None) -> str:
+        """Write this run in another library's form; see `torchstone.interop.exporting.export_run`."""
+        from torchstone.interop.exporting import export_run
+
+        return export_run(self, out, to, dtype)
+
+
+def import_run(source: str | Path, *, out: str | Path) -> Run:
+    """Read a published checkpoint into a run; see `torchstone.interop.importing.import_run`."""
+    from torchstone.interop.importing import import_run as read
+
+    return Run(read(source, out).path)
 
 
 def load(path: str | Path) -> Run:
@@ -130,6 +144,8 @@ def inspect(
     recipe = _recipe_of(what, overrides)
     spec = recipe.model
     model = shape_of(spec)
+    if recipe.adapt is not None:
+        recipe.adapt.prepare(model)
     context: Any = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
     counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
     from torchstone.train.memory import training_memory
@@ -142,7 +158,10 @@ def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
     if isinstance(what, str | Path) and Path(what).is_dir():
         recipe = RunFolder(what).require().recipe
         return load_recipe(recipe.dump(), overrides)
-    recipe = what if isinstance(what, Recipe) else load_recipe(what, overrides)
+    if isinstance(what, Recipe):
+        recipe = what.adapted()
+    else:
+        recipe = load_recipe(what, overrides, start=lambda run: RunFolder(run).start())
     patch: dict[str, Any] = {}
     if getattr(recipe.model, "vocabulary", 0) is None:
         size = getattr(getattr(recipe.data, "tokenizer", None), "size", lambda: None)()

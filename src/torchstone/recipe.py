@@ -9,12 +9,13 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
+from torch import nn
 
 from torchstone.data import DataSpec
 from torchstone.errors import TorchstoneError, nearest
@@ -73,9 +74,20 @@ class ScheduleSpec(PartSpec):
 
 
 class AdaptSpec(PartSpec):
-    """How an existing model is adapted. The kinds are in torchstone.adapt."""
+    """How the model of a run is adapted. The kinds are in torchstone.adapt."""
 
     family: ClassVar[str] = "adapt"
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of the adapted model; of one that is adapted in this way already, the same."""
+        return spec
+
+    def is_new(self, name: str) -> bool:
+        """Whether a parameter of the adapted model is none of the model that it starts from."""
+        return False
+
+    def prepare(self, model: nn.Module) -> None:
+        """Choose the parameters that train, by ``requires_grad``."""
 
 
 class TrainerSpec(Spec):
@@ -179,6 +191,18 @@ class Recipe(Spec):
     def override(self, patch: Mapping[str, Any], changes: Changes | None = None) -> Recipe:
         """This recipe with a patch of plain data laid over it; see `torchstone.spec.merge`."""
         return validate(Recipe, merge(self.dump(), patch, Recipe, changes))
+
+    def adapted(self) -> Recipe:
+        """This recipe with the model as `adapt` makes it.
+
+        Raises:
+            TorchstoneError: `adapt` without `init_from`, or on a model that it does not fit.
+        """
+        if self.adapt is None:
+            return self
+        if self.init_from is None:
+            raise TorchstoneError("adapt: needs init_from, the run that is adapted")
+        return self.model_copy(update={"model": self.adapt.apply(self.model)})
 
     def differences(self, other: Recipe) -> list[str]:
         """Paths of the fields in which two recipes differ, with both values."""
@@ -291,10 +315,12 @@ def load_recipe(
     source: str | Path | Mapping[str, Any],
     overrides: Iterable[str | Mapping[str, Any]] = (),
     changes: Changes | None = None,
+    start: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Recipe:
     """A recipe from a built-in name, a YAML file or plain data, with overrides laid over it.
 
     Overrides are ``field.sub=value`` strings or nested mappings; their order does not matter unless two set one field.
+    `start` gives, for the run of `init_from`, the fields that the recipe is laid over in turn.
 
     Raises:
         TorchstoneError: no such recipe, not YAML, an unknown field or kind, an illegal value or pair.
@@ -314,7 +340,10 @@ def load_recipe(
         body = parse_override(override) if isinstance(override, str) else override
         _check_plain(body, "", 0)
         patch = _join(patch, body)
-    return validate(Recipe, merge(data, patch, Recipe, changes))
+    document = merge(data, patch, Recipe, changes)
+    if start is not None and isinstance(document.get("init_from"), str):
+        document = merge(start(document["init_from"]), document, Recipe)
+    return validate(Recipe, document).adapted()
 
 
 _NESTED, _LARGEST = 32, 2**53

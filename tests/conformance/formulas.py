@@ -28,11 +28,32 @@ def _gated(spec: Any, D: int) -> int:
     return 3 * D * F + (2 * F + D) * spec.bias
 
 
+Projection = tuple[int, int, str]
+"""Inputs, outputs and role of a projection or of one slice of a fused one."""
+
+
+def _of_attention(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    H, G = spec.heads, spec.kv_heads or spec.heads
+    K = spec.head_dim or D // H
+    source = memory or D
+    return [(D, H * K, "q"), (source, G * K, "k"), (source, G * K, "v"), (H * K, D, "out")]
+
+
+def _of_ffn(spec: Any, D: int) -> list[Projection]:
+    F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
+    return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
+
+
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
     ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,
+    # what a kind adds to the matrices of projections
+    ("linear", "dense"): lambda spec, projections: 0,
+    ("linear", "lora"): lambda spec, projections: sum(
+        spec.rank * (inputs + outputs) for inputs, outputs, role in projections if role in spec.targets
+    ),
     ("norm", "rmsnorm"): lambda spec, D: D * spec.gain,
     ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
     # norms around one sublayer, and the final one
@@ -81,6 +102,9 @@ def parameters(spec: TransformerSpec) -> int:
             total += attentions * of(layer.attention)(layer.attention, layer, D, None)
             total += crosses * of(layer.attention)(layer.attention, layer, D, D)
             total += ffns * of(layer.ffn)(layer.ffn, D)
+            projections = attentions * _of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
+            projections += crosses * _of_attention(layer.attention, D, D)
+            total += of(layer.linear)(layer.linear, projections)
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)

@@ -381,6 +381,15 @@ def _() -> None:
     same(m(x), torch.einsum("bti,oi->bto", x, m.weight) + m.bias)
 
 
+@oracle("linear", "lora")
+def _() -> None:
+    spec = resolve("linear", "lora")(rank=3, alpha=6.0, targets=("up",))
+    m, x = ready(Site(width=32, linear_spec=spec).linear(32, (5, 7), ("up", "gate"), bias=True)), drawn(2, 3, 32)
+    y = torch.einsum("bti,oi->bto", x, m.weight) + m.bias
+    y[..., :5] += 6.0 / 3 * torch.einsum("bti,ri,or->bto", x, m.lora_a, m.lora_b)
+    same(m(x), y)
+
+
 # --------------------------------------------------------------------------- residual, block, stack, embedding, head
 
 

@@ -76,11 +76,13 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; by default what the run's settings say.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the best tokens that hold this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the best one's.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repetition less likely.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
     ] = None,
@@ -97,21 +99,21 @@ def generate(
     from torchstone.spec import validate
 
     prompts = list(prompt) if prompt else ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()]
-    options = validate(
-        Sampling,
-        {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": stop or [],
-            "seed": seed,
-        },
-        "generate",
-    )
-    engine = Engine.of_run(load(run), device=device, precision=precision, compile=compile)
+    folder = load(run)
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or [],
+        "seed": seed,
+    }
+    settings = Sampling.of_settings(folder.generation_settings())
+    asked = {name: value for name, value in given.items() if value is not None}
+    options = validate(Sampling, {**settings, **asked}, "generate")
+    engine = Engine.of_run(folder, device=device, precision=precision, compile=compile)
     if as_json:
         _print_json(
             [
@@ -128,6 +130,35 @@ def generate(
     else:
         for text, done in zip(prompts, engine.generate(prompts, options), strict=True):
             print((text if echo else "") + done.text)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or an id on the hub.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The run directory.")] = None,
+) -> None:
+    """Read a checkpoint in a published layout into a run directory."""
+    from torchstone.api import import_run
+    from torchstone.errors import TorchstoneError
+
+    if out is None:
+        raise TorchstoneError("import: needs --out, the directory of the run")
+    print(import_run(source, out=out).path)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; not there yet, or empty.")],
+    to: Annotated[str, typer.Option("--to", help="hf, a layout (llama, bert, ...), torchstone, or peft.")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default that of the run.")] = None,
+) -> None:
+    """Write a run in another library's form."""
+    from torchstone.api import load
+
+    layout = load(run).export(out, to, dtype)
+    print(f"layout {layout}", file=sys.stderr)
+    print(out)
 
 
 @app.command()

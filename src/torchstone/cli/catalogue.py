@@ -20,7 +20,7 @@ def catalogue(family: str | None = None) -> list[dict[str, Any]]:
     Raises:
         TorchstoneError: there is no such family.
     """
-    families = [family] if family is not None else [name for name in sorted(FAMILIES) if name != "adapt"]
+    families = [family] if family is not None else sorted(FAMILIES)
     return [_entry(resolve(name, kind)) for name in families for kind in kinds(name)]
 
 
@@ -28,7 +28,7 @@ def _entry(cls: type[PartSpec]) -> dict[str, Any]:
     declares = {
         name: _plain(getattr(cls, name))
         for name in ("consumes", "can_give", "takes", "masks", "causal_only", "gives", "scope", "exact", "owns_norm")
-        if hasattr(cls, name)
+        if not isinstance(getattr(cls, name, property()), property)  # a property depends on the fields
     }
     return {
         "family": cls.family,

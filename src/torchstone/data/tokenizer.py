@@ -142,6 +142,18 @@ class Tokenizer:
         """
         return self.encode_batch([text])[0]
 
+    def encode_input(self, text: str) -> list[int]:
+        """The ids of a text as a model expects them in front of it, with the special tokens of the tokenizer's own
+        template (Llama's begin-of-text, BERT's [CLS] and [SEP]); our own vocabularies have no template.
+
+        Raises:
+            TorchstoneError: it holds half of a surrogate pair.
+        """
+        if self._bytes is not None:
+            return self.encode(text)
+        _check(text)
+        return list(self.backend.encode(text, add_special_tokens=True).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are skipped, bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)

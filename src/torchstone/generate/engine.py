@@ -159,6 +159,8 @@ class Engine:
             working compiler it steps aside with one line on stderr.
         device: where the model runs; None is where it is. Another device makes a copy.
         eos: tokens that end a text; None is the tokenizer's separator.
+        start: token before everything that the decoder of an encoder-decoder writes, and what an empty prompt stands
+            for; None is the tokenizer's separator.
         chunk: prompt tokens that are read at once.
 
     Raises:
@@ -174,6 +176,7 @@ class Engine:
         compile: Compile = "auto",
         device: torch.device | str | None = None,
         eos: int | Iterable[int] | None = None,
+        start: int | None = None,
         chunk: int = 512,
     ) -> None:
         if not isinstance(model, Transformer) or model.decoder is None:
@@ -186,7 +189,10 @@ class Engine:
         weight = next(model.parameters())
         self.dtype = weight.dtype if dtype is None else dtype
         self.device = weight.device if device is None else torch.device(device)
-        self.eos = frozenset([eos] if isinstance(eos, int) else self._default_eos() if eos is None else eos)
+        separator = self._separator()
+        self.start = separator if start is None else start
+        ends = separator if eos is None else eos
+        self.eos = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
         self.vocabulary: int = model.spec.vocabulary or 0
         self.steps = 0
         """Decode steps taken so far."""
@@ -204,9 +210,12 @@ class Engine:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         if precision not in dtypes:
             raise TorchstoneError(f"generate: precision is one of {', '.join(dtypes)}, not {precision!r}")
-        place = choose_device(device)
-        model = run.model(device=place).to(dtypes[precision])
-        return cls(model, run.tokenizer(), compile=compile)  # type: ignore[arg-type]
+        settings = run.generation_settings()
+        model = run.model(device=choose_device(device), dtype=dtypes[precision])
+        tokenizer = run.tokenizer() if (run.path / "tokenizer.json").is_file() else None
+        seq2seq = getattr(model, "encoder", None) is not None
+        start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
+        return cls(model, tokenizer, compile=compile, eos=settings.get("eos_token_id"), start=start)  # type: ignore[arg-type]
 
     def refresh(self) -> None:
         """Take the source model's present weights: needed after they changed if the engine has a copy of them, or if it
@@ -268,11 +277,11 @@ class Engine:
 
     # -- input
 
-    def _default_eos(self) -> list[int]:
+    def _separator(self) -> int | None:
         try:
-            return [] if self.tokenizer is None else [self.tokenizer.separator]
+            return None if self.tokenizer is None else self.tokenizer.separator
         except TorchstoneError:
-            return []
+            return None
 
     def _encoded(self, prompts: Prompts, what: str) -> list[list[int]]:
         out = []
@@ -281,16 +290,18 @@ class Engine:
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise TorchstoneError(f"{where}: is a text, and the engine has no tokenizer; give token ids")
-                ids = self.tokenizer.encode(prompt)
+                after_start = self.model.encoder is not None and what == "prompt"
+                ids = self.tokenizer.encode(prompt) if after_start else self.tokenizer.encode_input(prompt)
+                ids = [self.start, *ids] if after_start and self.start is not None else ids
             else:
                 ids = [int(token) for token in prompt]  # type: ignore[call-overload]
             bad = next((token for token in ids if not 0 <= token < self.vocabulary), None)
             if bad is not None:
                 raise TorchstoneError(f"{where}: no token {bad} in a vocabulary of {self.vocabulary}")
             if not ids:
-                if self.tokenizer is None:
+                if self.start is None:
                     raise TorchstoneError(f"{where}: is empty, and the engine has no tokenizer with a separator")
-                ids = [self.tokenizer.separator]
+                ids = [self.start]
             out.append(ids)
         return out
 

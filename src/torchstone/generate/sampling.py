@@ -10,8 +10,9 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -134,6 +135,16 @@ class Sampling(Spec):
         if "" in value:
             raise ValueError("an empty text would end every generation before its first token")
         return value
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that a ``generation_config.json`` sets, by its own rule: without ``do_sample`` the best token is
+        taken."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        found = {name: settings[name] for name in names if settings.get(name) is not None}
+        if not found.get("top_k"):
+            found.pop("top_k", None)  # 0 keeps all
+        return found if settings.get("do_sample") else {**found, "temperature": 0.0}
 
     @property
     def greedy(self) -> bool:

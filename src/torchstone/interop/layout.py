@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Rule",
     "Shapes",
+    "compare_shapes",
     "find_layout",
     "layouts",
     "load_state",
@@ -444,7 +445,8 @@ class Layout:
         Raises:
             TorchstoneError: missing, surplus and mis-shaped parameters, all by name in one sentence.
         """
-        _compare("model state", {step.ours: step.shape for step in self.steps(spec)}, tensors)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        compare_shapes("model state", {step.ours: step.shape for step in self.steps(spec)}, shapes)
         return dict(self.write(spec, tensors.__getitem__))
 
 
@@ -495,14 +497,14 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor] | Iterable[
     wanted = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     if isinstance(tensors, Mapping):
-        _compare("model state", shapes, tensors)
+        compare_shapes("model state", shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         tensors = tensors.items()
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors:
-        seen[name] = tensor.new_empty(tensor.shape, device="meta")
+        seen[name] = tuple(tensor.shape)
         if shapes.get(name) == tuple(tensor.shape):
             _put(model, name, wanted[name], tensor)
-    _compare("model state", shapes, seen)
+    compare_shapes("model state", shapes, seen)
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
@@ -516,15 +518,20 @@ def _put(model: nn.Module, name: str, parameter: nn.Parameter, tensor: torch.Ten
             parameter.copy_(tensor)
 
 
-def _compare(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, torch.Tensor]) -> None:
+def compare_shapes(what: str, wanted: Mapping[str, tuple[int, ...]], given: Shapes) -> None:
+    """Refuse tensors other than the wanted ones.
+
+    Raises:
+        TorchstoneError: missing, surplus and mis-shaped tensors, all by name in one sentence that begins with `what`.
+    """
     _refuse(
         what,
         missing=[name for name in wanted if name not in given],
         surplus=[name for name in given if name not in wanted],
         shapes={
-            name: (tuple(given[name].shape), shape)
+            name: (tuple(given[name]), shape)
             for name, shape in wanted.items()
-            if name in given and tuple(given[name].shape) != shape
+            if name in given and tuple(given[name]) != shape
         },
     )
 

@@ -43,6 +43,7 @@ class Measures:
 def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.float32) -> Measures:
     """Count a model that will see sequences of `context` tokens, its decode state held in `dtype`."""
     total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # a module with parts that a token may skip (experts) says how many of its parameters one token does not meet
     idle = sum(int(getattr(module, "inactive_parameters", 0)) for module in model.modules())
     embedding = getattr(model, "embedding", None)
@@ -69,7 +70,7 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
         if slot.growth in ("ring", "recurrent")
     )
     return Measures(
-        total,
+        trained,
         active,
         total - idle,
         sum(b.numel() for b in model.buffers()),

@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torchstone.errors import TorchstoneError
 from torchstone.files import digest, full_disk, read_json, write_bytes, write_json
 
-__all__ = ["Checkpoint", "Checkpoints", "load_tensors", "save_tensors"]
+__all__ = ["Checkpoint", "Checkpoints", "TensorFile", "load_tensors", "save_tensors", "stream_tensors"]
 
 FORMAT = "torchstone.state"
 
@@ -45,33 +46,110 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         raise
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, on the CPU, compared with the file's checksum if it has one.
+class TensorFile:
+    """A safetensors file that is read one tensor at a time: iterating gives (name, tensor), in the order of the names,
+    and compares with the file's checksum at the end, if it has one.
 
     Raises:
         TorchstoneError: missing, truncated, altered, or no safetensors file.
     """
-    if not path.is_file():
-        raise TorchstoneError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get("sha256")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise TorchstoneError(f"{path}: truncated or no safetensors file ({error})") from None
-    if expected is not None and expected != _checksum(tensors):
-        raise TorchstoneError(f"{path}: altered since it was written (its checksum differs)")
-    return tensors
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise TorchstoneError(f"{path}: no such file")
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            names = sorted(self._file.keys())
+            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise TorchstoneError(f"{path}: truncated or no safetensors file ({error})") from None
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, without a look at the checksum."""
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise TorchstoneError(f"{self.path}: truncated or no safetensors file ({error})") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its first tensor."""
+        return self.get(next(iter(self.shapes))).dtype
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        expected, total = (self._file.metadata() or {}).get("sha256"), hashlib.sha256()
+        for name in self.shapes:
+            tensor = self.get(name)
+            if expected is not None:
+                _count(total, name, tensor)
+            yield name, tensor
+        if expected is not None and expected != total.hexdigest():
+            raise TorchstoneError(f"{self.path}: altered since it was written (its checksum differs)")
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU; see `TensorFile`."""
+    return dict(iter(TensorFile(path)))
+
+
+def stream_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as safetensors one at a time, so that never more than one is in memory. The caller provides
+    atomicity.
+
+    Args:
+        path: the file.
+        shapes: of every tensor, before the first is there.
+        tensors: (name, tensor) in any order.
+        dtype: what they are stored in.
+        metadata: strings of the header, beside the checksum.
+    """
+    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {}), "sha256": "0" * 64}}
+    ends = [0]
+    for name in sorted(shapes):
+        ends.append(ends[-1] + math.prod(shapes[name]) * dtype.itemsize)
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": ends[-2:]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start, written = 8 + len(text), set()
+    with open(path, "wb+") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(start + ends[-1])
+        for name, tensor in tensors:
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, announced as {tuple(shapes[name])}")
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written.add(name)
+        if written != set(shapes):
+            raise ValueError(f"announced and not written: {sorted(set(shapes) - written)}")
+        file.flush()
+        total = hashlib.sha256()
+        with safe_open(path, framework="pt") as made:
+            for name in sorted(shapes):
+                _count(total, name, made.get_tensor(name))
+        file.seek(8)
+        file.write(text.replace(b"0" * 64, total.hexdigest().encode(), 1))
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of names, types, shapes and bytes, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        _count(total, name, tensors[name])
     return total.hexdigest()
+
+
+def _count(total: Any, name: str, tensor: torch.Tensor) -> None:
+    total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
     selected = int(objective.counts(batch).get("targets", torch.tensor(batch["ids"].numel())))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = recipe.model.build()
+        if recipe.adapt is not None:
+            recipe.adapt.prepare(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         optimizer = _optimizer_bytes(recipe, model)
         activations = _activations(recipe, model, objective, batch, selected, recipe.trainer.recompute)
         layers = sum(len(stack.layers) for stack in getattr(model, "stacks", {}).values())
@@ -63,7 +66,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
     rows = recipe.trainer.batch * getattr(recipe.data, "block", 1)
     return TrainingMemory(
         weights,
-        weights,
+        trained,
         optimizer,
         weights if recipe.trainer.ema else 0,
         activations,

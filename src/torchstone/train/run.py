@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from torchstone.model import ModelSpec
 from torchstone.model.site import initialise, parameter_name
 from torchstone.recipe import Recipe, parse_yaml
 from torchstone.spec import Part, Spec, validate
-from torchstone.train.checkpoint import Checkpoints, load_tensors
+from torchstone.train.checkpoint import Checkpoints, TensorFile
 from torchstone.train.migrations import FORMAT_VERSION, migrate
 
 __all__ = ["RunFolder", "build_model", "load_weights", "shape_of"]
@@ -77,13 +77,15 @@ def _memory(device: torch.device) -> int | None:
         return None
 
 
-def build_model(spec: ModelSpec, seed: int | None, device: torch.device | str = "cpu") -> nn.Module:
+def build_model(
+    spec: ModelSpec, seed: int | None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
     """The model on `device`, every parameter drawn by (seed, name); `seed` None leaves them unset for loading.
 
     Raises:
         TorchstoneError: the device has less memory than the weights take.
     """
-    model = shape_of(spec)
+    model = shape_of(spec) if dtype is None else shape_of(spec).to(dtype)
     need, there = sum(p.numel() * p.element_size() for p in model.parameters()), _memory(torch.device(device))
     if there is not None and need > there:
         raise TorchstoneError(f"model: its weights take {need / 1e9:,.0f} GB, {device} has {there / 1e9:,.0f} GB")
@@ -91,18 +93,36 @@ def build_model(spec: ModelSpec, seed: int | None, device: torch.device | str = 
     return model if seed is None else initialise(model, seed)
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path | str) -> None:
-    """Put named tensors into a model, strictly.
+def load_weights(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor] | TensorFile,
+    where: Path | str,
+    new: Callable[[str], bool] = lambda name: False,
+    left: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Put named tensors into a model, strictly; those of a file one at a time.
+
+    Args:
+        model: gets them.
+        tensors: by name.
+        where: they are from, for messages.
+        new: parameters that may be absent from `tensors`, or of another shape there, and then stay as they are.
+        left: tensors that the model need not have.
 
     Raises:
         TorchstoneError: missing, surplus or mis-shaped tensors, by name; the model is then unchanged.
     """
     own = {parameter_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
-    missing, surplus = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if isinstance(tensors, TensorFile):
+        given, pairs = tensors.shapes, iter(tensors)
+    else:
+        given, pairs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, iter(tensors.items())
+    missing = sorted(name for name in own if name not in given and not new(name))
+    surplus = sorted(name for name in given if name not in own and not left(name))
     shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        f"{name} is {given[name]}, the model has {tuple(own[name].shape)}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name in given and given[name] != tuple(own[name].shape) and not new(name)
     ]
     if missing or surplus or shapes:
         said = [
@@ -112,8 +132,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: P
         ]
         raise TorchstoneError(f"{where}: {'; '.join(part for part in said if part)}")
     with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
+        for name, tensor in pairs:
+            if name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
 
 
 def _some(names: list[str]) -> str:
@@ -216,8 +237,29 @@ class RunFolder:
         """The run's tokenizer."""
         return Tokenizer.load(self.path)
 
-    def model(self, weights: Literal["last", "ema"] = "last", device: torch.device | str = "cpu") -> nn.Module:
-        """The trained model, in evaluation mode.
+    def generation_settings(self) -> dict[str, Any]:
+        """``generation_config.json``; empty if there is none."""
+        path = self.path / "generation_config.json"
+        settings = read_json(path) if path.is_file() else {}
+        if not isinstance(settings, dict):
+            raise TorchstoneError(f"{path}: no JSON object")
+        return settings
+
+    def start(self) -> dict[str, Any]:
+        """What a recipe takes from this run when it starts from it: the model, and the tokenizer of a `text` corpus."""
+        self.require()
+        body: dict[str, Any] = {"model": self.model_spec.dump()}
+        if (self.path / "tokenizer.json").is_file():
+            body["data"] = {"kind": "text", "tokenizer": {"kind": "file", "path": str(self.path)}}
+        return body
+
+    def model(
+        self,
+        weights: Literal["last", "ema"] = "last",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """The trained model, in evaluation mode, its tensors read one at a time.
 
         Raises:
             TorchstoneError: no weights yet, or a file that is truncated, altered or of another model.
@@ -228,8 +270,8 @@ class RunFolder:
                 "no weights yet; it stopped before its first checkpoint" if weights == "last" else "no moving average"
             )
             raise TorchstoneError(f"{self.path}: {what}")
-        model = build_model(self.model_spec, None, device)
-        load_weights(model, load_tensors(path), path)
+        model = build_model(self.model_spec, None, device, dtype)
+        load_weights(model, TensorFile(path), path)
         return model.eval()
 
     def metrics(self) -> list[dict[str, Any]]:

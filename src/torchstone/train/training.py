@@ -15,12 +15,13 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 from torchstone.keys import Key
 from torchstone.model.measure import measure
+from torchstone.model.site import parameter_name
 from torchstone.model.transformer import TransformerSpec
 from torchstone.objectives import Facts, Objective
 from torchstone.ops.compiler import compiler_works
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Changes
-from torchstone.train.checkpoint import load_tensors
+from torchstone.train.checkpoint import TensorFile
 from torchstone.train.engine import Source, Split, Trainer
 from torchstone.train.environment import BITWISE, autocast, choose_device, choose_precision, choose_threads, environment
 from torchstone.train.mesh import Mesh, build_mesh
@@ -69,9 +70,10 @@ def train(
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     folder, changes = RunFolder(out), Changes()
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides, changes)
-    elif overrides := list(overrides):
-        recipe = load_recipe(recipe.dump(), overrides, changes)
+        recipe = load_recipe(recipe, overrides, changes, lambda run: RunFolder(run).start())
+    else:
+        overrides = list(overrides)
+        recipe = load_recipe(recipe.dump(), overrides, changes) if overrides else recipe.adapted()
     going_on, checkpoint = resume and folder.exists(), None
     if going_on:
         recipe = _keep_choices(recipe, folder.recipe)
@@ -93,8 +95,9 @@ def train(
         _check_corpus(folder, prepared.hash)
     model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
     if checkpoint is None and recipe.init_from is not None:
-        source = RunFolder(recipe.init_from).require()
-        load_weights(model, load_tensors(source.path / "model.safetensors"), source.path)
+        say(_start_from(RunFolder(recipe.init_from), model, recipe))
+    if recipe.adapt is not None:
+        recipe.adapt.prepare(model)
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = recipe.trainer.recompute
     block = getattr(recipe.data, "block", 1)
@@ -152,6 +155,30 @@ def train(
         if trainer.tensorboard is not None:
             trainer.tensorboard.close()
     return folder
+
+
+def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:
+    """Put the weights of a run into the model; says which parameters are not from there.
+
+    What `adapt` adds is new, and so is the head where it is of another kind or size.
+
+    Raises:
+        TorchstoneError: the run has no weights, or those of another model.
+    """
+    file = TensorFile(source.path / "model.safetensors")
+    mine, theirs = getattr(recipe.model, "head", None), getattr(source.model_spec, "head", None)
+    own = {parameter_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    other = mine != theirs
+    added = recipe.adapt.is_new if recipe.adapt is not None else lambda name: False
+
+    def of_head(name: str) -> bool:
+        return other and name.startswith("head.")
+
+    load_weights(model, file, source.path, new=lambda name: added(name) or of_head(name), left=of_head)
+    new = [name for name, shape in own.items() if file.shapes.get(name) != shape]
+    return f"weights of {source.path}" + (
+        f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
+    )
 
 
 def _keep_choices(recipe: Recipe, before: Recipe) -> Recipe:

@@ -1,0 +1,125 @@
+"""Import: a published checkpoint becomes a run.
+
+Everything is checked before anything is written, and the run appears at once, under its final name, when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchstone.data import Tokenizer
+from torchstone.errors import TorchstoneError
+from torchstone.files import full_disk
+from torchstone.interop.layout import Shapes, compare_shapes, find_layout
+from torchstone.interop.source import CheckpointFolder
+from torchstone.model.transformer import TransformerSpec
+from torchstone.recipe import Recipe
+from torchstone.spec import validate
+from torchstone.train.checkpoint import stream_tensors
+from torchstone.train.environment import environment
+from torchstone.train.run import RunFolder, shape_of
+
+__all__ = ["import_run"]
+
+_OBJECTIVES = {"lm": "causal_lm", "mlm": "masked_lm"}
+
+
+def import_run(source: str | Path, out: str | Path) -> RunFolder:
+    """Read a checkpoint in a published layout and write it as a run.
+
+    Tensors go from the memory-mapped shards to the run's file one at a time, in the precision that they have. The
+    tokenizer's and generation's files come along.
+
+    Args:
+        source: a folder in Hugging Face's form (config.json, safetensors), or an id on the hub.
+        out: the run directory; it must be free.
+
+    Raises:
+        TorchstoneError: an architecture or option without a place here; tensors missing, surplus or mis-shaped, all
+            by name; no space. Nothing is written then.
+    """
+    given, folder = CheckpointFolder.find(source), RunFolder(out)
+    folder.check_free()
+    spec, tensors = _read(given)
+    model = shape_of(spec)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tokenizer = _tokenizer(given)
+    if tokenizer is not None and spec.vocabulary is not None and tokenizer.vocabulary > spec.vocabulary:
+        raise TorchstoneError(
+            f"{given.name}: its tokenizer has {tokenizer.vocabulary} ids, its model only {spec.vocabulary}"
+        )
+    facts = environment(torch.device("cpu"), torch.get_num_threads(), "off", 1)
+    facts |= {"imported": {"from": given.name, "model_type": given.config["model_type"]}}
+    work = folder.path.with_name(f".{folder.path.name}.{os.getpid()}.import")
+    try:
+        with full_disk(folder.path):
+            work.mkdir(parents=True)
+            stream_tensors(work / "model.safetensors", shapes, tensors, given.dtype())
+        RunFolder(work).begin(_recipe(spec, tokenizer, folder.path), tokenizer, facts)
+        with full_disk(folder.path):
+            for file in given.companions():
+                shutil.copyfile(file, work / file.name)
+            os.replace(work, folder.path)  # an empty folder of that name gives way
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return folder
+
+
+def _read(given: CheckpointFolder) -> tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]]]:
+    """The spec, and our parameters one at a time; all refusals come here."""
+    if given.config.get("quantization_config"):
+        raise TorchstoneError(f"{given.name}: its weights are quantised (quantization_config), which cannot be read")
+    shapes: Shapes = given.shapes
+    if given.config["model_type"] == "torchstone":
+        return _own(given)
+    layout = find_layout(given.config["model_type"])
+    spec = validate(TransformerSpec, layout.to_spec(given.config, shapes), given.name)
+    return spec, layout.read(spec, shapes, given.get)
+
+
+def _own(given: CheckpointFolder) -> tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]]]:
+    """A checkpoint of our own, which `export` wrote."""
+    spec = RunFolder(given.path).model_spec
+    if not isinstance(spec, TransformerSpec):
+        raise TorchstoneError(f"{given.name}: model {spec.kind} cannot be imported")
+    wanted = {name: tuple(parameter.shape) for name, parameter in shape_of(spec).named_parameters()}
+    compare_shapes(given.name, wanted, given.shapes)
+    return spec, ((name, given.get(name)) for name in wanted)
+
+
+def _tokenizer(given: CheckpointFolder) -> Tokenizer | None:
+    """The checkpoint's tokenizer; one in a form of earlier times is converted by transformers."""
+    if (given.path / "tokenizer.json").is_file():
+        return Tokenizer.load(given.path)
+    if not given.needs_conversion():
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise TorchstoneError(
+            f"{given.name}: its tokenizer has no tokenizer.json; to convert it needs the extra `hf`: "
+            "pip install 'torchstone[hf]'"
+        ) from None
+    try:
+        fast = AutoTokenizer.from_pretrained(given.path)
+        names = {name: str(token) for name, token in fast.special_tokens_map.items() if isinstance(token, str)}
+        return Tokenizer(fast.backend_tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    except Exception as error:  # converters raise whatever their libraries do
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise TorchstoneError(f"{given.name}: its tokenizer cannot be converted ({reason})") from None
+
+
+def _recipe(spec: TransformerSpec, tokenizer: Tokenizer | None, path: Path) -> Recipe:
+    """A recipe that goes on with this model: its tokenizer, its objective, blocks of its context."""
+    data: dict[str, Any] = {"kind": "text", "block": min(spec.context or 1024, 1024)}
+    if tokenizer is not None:
+        data["tokenizer"] = {"kind": "file", "path": str(path)}
+    objective = {"kind": _OBJECTIVES.get(spec.head.kind, "causal_lm")}
+    return validate(Recipe, {"model": spec.dump(), "data": data, "objective": objective})

@@ -1,0 +1,166 @@
+"""A published checkpoint as it lies on disk: its config, the shapes in the headers of its shards, tensors by name.
+
+    source = CheckpointFolder.find("meta-llama/Llama-3.2-1B")
+    source.config, source.shapes, source.get("model.norm.weight")
+
+Tensors are read from memory-mapped files when they are asked for, one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from torchstone.errors import TorchstoneError
+from torchstone.files import read_json
+
+__all__ = ["COMPANIONS", "CheckpointFolder"]
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files beside the weights that go along as they are."""
+
+_SLOW_TOKENIZERS = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class CheckpointFolder:
+    """The files of a checkpoint in Hugging Face's form.
+
+    Args:
+        path: the folder; `name` is how a user calls it.
+
+    Raises:
+        TorchstoneError: no config.json, no safetensors, a shard that is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = str(path) if name is None else name
+        if not (self.path / "config.json").is_file():
+            raise TorchstoneError(f"{self.name}: no checkpoint (it has no config.json)")
+        config = read_json(self.path / "config.json")
+        if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+            raise TorchstoneError(f"{self.path / 'config.json'}: names no model_type")
+        self.config: dict[str, Any] = dict(config)
+
+    @classmethod
+    def find(cls, source: str | Path) -> CheckpointFolder:
+        """The checkpoint in a folder, or of a Hugging Face id, which is downloaded if it is not in the cache.
+
+        Raises:
+            TorchstoneError: neither; or the hub cannot be reached.
+        """
+        folder = Path(os.path.expanduser(source))
+        if folder.is_dir():
+            return cls(folder)
+        name = str(source)
+        if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+            raise TorchstoneError(f"{name}: no such folder")
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise TorchstoneError(
+                f"{name}: no such folder; as an id on the hub it needs the extra `hf`: pip install 'torchstone[hf]'"
+            ) from None
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS, *_SLOW_TOKENIZERS]
+        try:
+            return cls(snapshot_download(name, allow_patterns=patterns), name)
+        except TorchstoneError:
+            raise
+        except Exception as error:  # the library raises its own, its HTTP client's and OSErrors
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TorchstoneError(
+                f"{name}: no such folder, and no such checkpoint on the hub ({reason[:200]})"
+            ) from None
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of each tensor."""
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            table = read_json(index)
+            files = table.get("weight_map") if isinstance(table, Mapping) else None
+            if not isinstance(files, Mapping) or not all(isinstance(file, str) for file in files.values()):
+                raise TorchstoneError(f"{index}: has no weight_map from tensors to files")
+            missing = sorted({file for file in files.values() if not (self.path / file).is_file()})
+            if missing:
+                raise TorchstoneError(f"{self.name}: lacks {', '.join(missing)}, which its index names")
+            return {name: self.path / file for name, file in files.items()}
+        if single.is_file():
+            return dict.fromkeys(self._open(single).keys(), single)
+        pickled = sorted(file.name for file in self.path.glob("*.bin"))
+        found = f"; there is {pickled[0]}, but pickle is not read: save it as safetensors first" if pickled else ""
+        raise TorchstoneError(f"{self.name}: has no model.safetensors{found}")
+
+    @cached_property
+    def _opened(self) -> dict[Path, Any]:
+        return {}
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._opened:
+            try:
+                self._opened[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise TorchstoneError(f"{file}: truncated or no safetensors file ({error})") from None
+        return self._opened[file]
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError:
+            raise TorchstoneError(f"{file}: lacks {name}, which the index puts there") from None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, from the headers alone."""
+        return {name: tuple(self._slice(name).get_shape()) for name in self._files}
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, read now.
+
+        Raises:
+            TorchstoneError: its numbers are not floating-point: quantised weights need their own layout.
+        """
+        self._slice(name)
+        tensor = self._open(self._files[name]).get_tensor(name)
+        if tensor.dtype not in _FLOATS:
+            raise TorchstoneError(
+                f"{self.name}: {name} is {str(tensor.dtype).removeprefix('torch.')}; quantised weights cannot be read"
+            )
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights: the widest that occurs."""
+        code = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        found = {self._slice(name).get_dtype() for name in self._files}
+        return next((dtype for name, dtype in code.items() if name in found), torch.float32)
+
+    def companions(self) -> list[Path]:
+        """The tokenizer's and generation's files that are there."""
+        return [self.path / name for name in COMPANIONS if (self.path / name).is_file()]
+
+    def needs_conversion(self) -> bool:
+        """Whether the only tokenizer is in a form of earlier times."""
+        there = [name for name in _SLOW_TOKENIZERS if (self.path / name).is_file()]
+        return bool(there) and not (self.path / "tokenizer.json").is_file()
