@@ -115,6 +115,11 @@ class Blocks:
             rows["valid"] = some[:, None] * self.block + np.arange(self.block) < self.tokens
             yield _tensors(rows)
 
+    def documents_of(self, block_B: np.ndarray) -> np.ndarray:
+        """The number of the document that each target of these blocks belongs to, int64 (B, T)."""
+        target_BT = block_B[:, None] * self.block + np.arange(1, self.block + 1)
+        return np.maximum(np.searchsorted(self._starts, target_BT, side="right") - 1, 0)
+
     def _rows(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
         shape = (len(blocks), self.block)
         ids_BT, next_BT, start_BT = np.full(shape, self._pad), np.full(shape, IGNORE), np.zeros(shape, np.int64)

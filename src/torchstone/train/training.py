@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 from torchstone.keys import Key
-from torchstone.model.measure import measure
+from torchstone.model.measure import Measures, measure
 from torchstone.model.site import parameter_name
 from torchstone.model.transformer import TransformerSpec
 from torchstone.objectives import Facts, Objective
@@ -29,7 +30,7 @@ from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
 
-__all__ = ["MAY_CHANGE", "compile_model", "train"]
+__all__ = ["MAY_CHANGE", "compile_model", "make_trainer", "train"]
 
 MAY_CHANGE = (
     "trainer.log_every",
@@ -84,45 +85,16 @@ def train(
         folder.check_free()
     if recipe.init_from is not None and checkpoint is None:
         RunFolder(recipe.init_from).require()
-    threads = choose_threads(recipe.trainer.threads)
-    torch.set_num_threads(threads)
-    device = choose_device(recipe.trainer.device)
-    mesh = build_mesh(recipe.parallel, device)
-    prepared = recipe.data.prepare(say if mesh.first else None)
-    recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
-    objective = _objective(recipe, _facts(prepared.tokenizer))
-    if going_on:
-        _check_corpus(folder, prepared.hash)
-    model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
-    if checkpoint is None and recipe.init_from is not None:
-        say(_start_from(RunFolder(recipe.init_from), model, recipe))
-    if recipe.adapt is not None:
-        recipe.adapt.prepare(model)
-    for stack in getattr(model, "stacks", {}).values():
-        stack.recompute = recipe.trainer.recompute
-    block = getattr(recipe.data, "block", 1)
-    costs = measure(model, block)
-    _rehearse(model, objective, prepared.train, recipe, device)
-    for line in (*changes.lines, prepared.description):
-        say(line)
-    compiled = _compile(model, recipe, costs.flops_per_token, say)
-    facts = environment(device, threads, compiled, mesh.ranks) | {"corpus": prepared.hash}
-    writer = _tensorboard(recipe)
-    trainer = Trainer(
-        model,
-        objective,
-        Source(prepared.train, prepared.valid, prepared.test),
-        recipe.optimizer,
-        recipe.schedule,
-        recipe.trainer,
-        recipe.evaluate,
-        device,
-        mesh,
-        folder,
-        {"recipe": recipe.hash(), "format_version": FORMAT_VERSION},
-        costs.flops_per_token,
-        quiet,
+    made = _assemble(recipe, folder, quiet, say, checkpoint, going_on, changes.lines)
+    recipe, trainer, prepared, costs, facts, writer = (
+        made.recipe,
+        made.trainer,
+        made.prepared,
+        made.costs,
+        made.facts,
+        made.writer,
     )
+    mesh, device, threads, block = trainer.mesh, trainer.device, facts["threads"], getattr(recipe.data, "block", 1)
     if going_on:
         _warn_bitwise(folder, facts, say)
         if checkpoint is not None:
@@ -145,7 +117,7 @@ def train(
     say(
         f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
         f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} x {block} tokens on {device.type}, "
-        f"{threads} threads, {recipe.trainer.precision}, compile {compiled}"
+        f"{threads} threads, {recipe.trainer.precision}, compile {facts['compile']}"
     )
     try:
         trainer.fit()
@@ -155,6 +127,80 @@ def train(
         if trainer.tensorboard is not None:
             trainer.tensorboard.close()
     return folder
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Everything that a recipe becomes before the first step."""
+
+    recipe: Recipe
+    trainer: Trainer
+    prepared: Any
+    costs: Measures
+    facts: dict[str, Any]
+    writer: Any
+
+
+def _assemble(
+    recipe: Recipe,
+    folder: RunFolder | None,
+    quiet: bool,
+    say: Callable[[str], None],
+    checkpoint: Any = None,
+    going_on: bool = False,
+    lines: Sequence[str] = (),
+) -> _Made:
+    """The trainer of a recipe, whose run directory (if it has one) is not touched yet."""
+    threads = choose_threads(recipe.trainer.threads)
+    torch.set_num_threads(threads)
+    device = choose_device(recipe.trainer.device)
+    mesh = build_mesh(recipe.parallel, device)
+    prepared = recipe.data.prepare(say if mesh.first else None)
+    recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
+    objective = _objective(recipe, _facts(prepared.tokenizer))
+    if going_on:
+        assert folder is not None
+        _check_corpus(folder, prepared.hash)
+    model = build_model(recipe.model, None if checkpoint is not None else recipe.trainer.seed, device)
+    if checkpoint is None and recipe.init_from is not None:
+        say(_start_from(RunFolder(recipe.init_from), model, recipe))
+    if recipe.adapt is not None:
+        recipe.adapt.prepare(model)
+    for stack in getattr(model, "stacks", {}).values():
+        stack.recompute = recipe.trainer.recompute
+    costs = measure(model, getattr(recipe.data, "block", 1))
+    _rehearse(model, objective, prepared.train, recipe, device)
+    for line in (*lines, prepared.description):
+        say(line)
+    compiled = _compile(model, recipe, costs.flops_per_token, say)
+    facts = environment(device, threads, compiled, mesh.ranks) | {"corpus": prepared.hash}
+    writer = _tensorboard(recipe)
+    trainer = Trainer(
+        model,
+        objective,
+        Source(prepared.train, prepared.valid, prepared.test),
+        recipe.optimizer,
+        recipe.schedule,
+        recipe.trainer,
+        recipe.evaluate,
+        device,
+        mesh,
+        folder,
+        {"recipe": recipe.hash(), "format_version": FORMAT_VERSION},
+        costs.flops_per_token,
+        quiet,
+    )
+    return _Made(recipe, trainer, prepared, costs, facts, writer)
+
+
+def make_trainer(recipe: Recipe) -> tuple[Trainer, Recipe]:
+    """The trainer of a recipe, in memory, and the recipe with what data and machine decide filled in.
+
+    Raises:
+        TorchstoneError: bad input.
+    """
+    made = _assemble(recipe.adapted(), None, True, lambda text: None)
+    return made.trainer, made.recipe
 
 
 def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:

@@ -1,0 +1,207 @@
+"""A cell: one variant under one seed, trained and measured; and the probe that says beforehand what it will cost.
+
+Both run in a process of their own (`python -m torchstone.compare.cell` serves them), so that a cell that dies takes
+nothing with it, and memory is measured from a clean start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchstone.errors import TorchstoneError
+from torchstone.files import read_json, write_json
+from torchstone.recipe import Recipe, load_recipe
+
+__all__ = ["RESULT", "finished", "probe", "run_cell"]
+
+RESULT = "result.json"
+_PROBE_STEPS = 5
+
+
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The result of a cell that was trained before with exactly this recipe; None if there is none."""
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    return result if isinstance(result, dict) and result.get("recipe") == recipe.hash() else None
+
+
+def run_cell(recipe: Recipe, folder: Path, documents: bool) -> dict[str, Any]:
+    """Train one cell, or go on with it, and measure it.
+
+    Args:
+        recipe: with its seed.
+        folder: the cell's; the run lies in ``run/``.
+        documents: whether the held-out documents are scored one by one.
+
+    Returns:
+        status ("done" or "diverged") with `reason`; metrics of the last test row; the validation curve; the best and
+        the last validation loss; seconds; digest of the loss curve; corpus hash.
+    """
+    from torchstone.train import train
+
+    began = time.perf_counter()
+    before = _seconds(folder)
+    base: dict[str, Any] = {"recipe": recipe.hash(), "seed": recipe.trainer.seed, "status": "done", "reason": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run = train(recipe, out=folder / "run", resume=True, quiet=True)
+    except TorchstoneError as error:
+        if "not finite" not in str(error):
+            raise
+        base |= {"status": "diverged", "reason": str(error)}
+        from torchstone.train.run import RunFolder
+
+        run = RunFolder(folder / "run")
+    finally:
+        write_json(folder / "seconds.json", before + time.perf_counter() - began)
+    rows = run.metrics()
+    test: Mapping[str, Any] = next((row for row in reversed(rows) if "test_loss" in row), {})
+    curve = [[row["step"], row["valid_loss"]] for row in rows if "valid_loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    rows_a_step = recipe.trainer.batch * recipe.trainer.accumulate
+    result = {
+        **base,
+        "metrics": {name: value for name, value in test.items() if name != "step" and isinstance(value, int | float)},
+        "curve": curve,
+        "valid_loss": curve[-1][1] if curve else None,
+        "loss_digest": hashlib.sha256(json.dumps(losses).encode()).hexdigest(),
+        "seconds": before + time.perf_counter() - began,
+        "threads": run.recipe.trainer.threads,
+        "steps": recipe.trainer.steps,
+        "tokens": recipe.trainer.steps * rows_a_step * getattr(recipe.data, "block", 1),
+        "corpus": read_json(run.path / "environment.json").get("corpus"),
+    }
+    if documents and base["status"] == "done":
+        result["documents"] = _documents(run)
+    write_json(folder / RESULT, result)
+    shutil.rmtree(run.state, ignore_errors=True)  # nothing goes on from here
+    return result
+
+
+def _seconds(folder: Path) -> float:
+    """Seconds that earlier attempts at this cell took."""
+    path = folder / "seconds.json"
+    return float(read_json(path)) if path.is_file() else 0.0
+
+
+def _documents(run: Any) -> dict[str, list[float]] | None:
+    """Bits and bytes of each held-out document; None where the objective does not code text."""
+    import torch
+
+    from torchstone.objectives import Facts
+
+    recipe = run.recipe
+    objective: Any = recipe.objective.build(Facts())
+    prepared = recipe.data.prepare()
+    blocks = prepared.test
+    if not hasattr(objective, "nll") or not hasattr(blocks, "documents_of"):
+        return None
+    model = run.model("ema" if recipe.trainer.ema else "last")
+    bits = torch.zeros(blocks.documents, dtype=torch.float64)
+    count = torch.zeros(blocks.documents, dtype=torch.float64)
+    for batch in blocks.evaluation(recipe.trainer.batch):
+        nll_BT = objective.nll(model, batch)
+        where = torch.from_numpy(blocks.documents_of(batch["example"].numpy()))
+        there = batch["next"] >= 0
+        bits.index_add_(0, where[there], nll_BT[there].double() / math.log(2))
+        count.index_add_(0, where[there], torch.ones(int(there.sum()), dtype=torch.float64))
+    # a document counts its share of the split's bytes by its tokens
+    size = count * blocks.bytes / blocks.tokens
+    return {"bits": bits.tolist(), "bytes": size.tolist()}
+
+
+def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
+    """Speed, memory and disk of a recipe, from a few steps with nothing else at work.
+
+    Returns:
+        seconds_per_step, tokens_per_second, startup_seconds, evaluation_seconds of a whole cell, peak_bytes above the
+        process before the model was made, predicted_bytes, disk_bytes of one cell.
+    """
+    import torch
+
+    from torchstone.model.measure import measure
+    from torchstone.train.memory import training_memory
+    from torchstone.train.training import make_trainer
+
+    began = time.perf_counter()
+    idle = _peak()
+    trainer, resolved = make_trainer(recipe)
+    startup = time.perf_counter() - began
+    for _ in range(2):
+        trainer.train_step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    per_step = (time.perf_counter() - began) / steps
+    tokens = recipe.trainer.batch * recipe.trainer.accumulate * getattr(resolved.data, "block", 1)
+    began = time.perf_counter()
+    if trainer.source.valid is not None:
+        trainer.measure_split(trainer.source.valid, "valid", 2)
+    per_block = (time.perf_counter() - began) / 2
+    spec = resolved.evaluate
+    rounds = resolved.trainer.steps // spec.every + 2
+    sizes = [0 if split is None else len(split) for split in (trainer.source.valid, trainer.source.test)]  # type: ignore[arg-type]
+    blocks = rounds * min(sizes[0], spec.blocks or sizes[0]) + (2 * sizes[1] if spec.test else 0)
+    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    counts = measure(trainer.model, getattr(resolved.data, "block", 1), torch.float32)
+    return {
+        "seconds_per_step": per_step,
+        "tokens_per_second": tokens / per_step,
+        "startup_seconds": startup,
+        "evaluation_seconds": per_block * blocks,
+        "peak_bytes": _peak() - idle,
+        "predicted_bytes": training_memory(resolved).peak,
+        "disk_bytes": weights * (1 + 3 * (resolved.trainer.keep_last + 1)),
+        "parameters": counts.parameters,
+        "flops_per_token": counts.flops_per_token,
+        "state_bytes_per_token": counts.state_bytes_per_token,
+        "state_bytes_fixed": counts.state_bytes_fixed,
+    }
+
+
+def _peak() -> int:
+    """Largest resident size of this process so far, in bytes (on an accelerator: of its memory)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _serve() -> None:
+    """Answer requests, one JSON document a line on standard input, until it ends: the worker's side."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints must not mix with answers
+    for line in sys.stdin:
+        request: Mapping[str, Any] = json.loads(line)
+        try:
+            recipe = load_recipe(request["recipe"])
+            if request["do"] == "probe":
+                answer = probe(recipe)
+            else:
+                answer = run_cell(recipe, Path(request["folder"]), request["documents"])
+        except TorchstoneError as error:
+            answer = {"status": "refused", "reason": str(error)}
+        except MemoryError:
+            answer = {"status": "memory", "reason": "out of memory"}
+        except RuntimeError as error:
+            short = str(error).splitlines()[0] if str(error) else type(error).__name__
+            what = "memory" if "out of memory" in str(error) or "can't allocate" in str(error) else "failed"
+            answer = {"status": what, "reason": short[:300]}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    _serve()

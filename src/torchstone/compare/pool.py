@@ -1,0 +1,119 @@
+"""Worker processes: each takes one request at a time, and one that dies takes only its own request with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["Answer", "run_all"]
+
+Answer = dict[str, Any]
+
+
+class _Worker:
+    """A process of `torchstone.compare.cell`."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torchstone.compare.cell"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> Answer | None:
+        """The answer; None if the process died over it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except (BrokenPipeError, OSError):
+            line = ""
+        return json.loads(line) if line else None
+
+    def close(self) -> int:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except OSError:
+            pass
+        return self.process.wait()
+
+
+def run_all(
+    requests: Sequence[Mapping[str, Any]], jobs: int = 1, fresh: bool = False, devices: Sequence[str] = ()
+) -> Iterator[tuple[int, Answer]]:
+    """(number of the request, its answer), in the order in which they are done.
+
+    A request over which a worker dies is tried once more, by a new worker; then its answer says so.
+
+    Args:
+        requests: for `torchstone.compare.cell`.
+        jobs: processes at once.
+        fresh: a new process for every request, so that memory is measured from a clean start.
+        devices: values of CUDA_VISIBLE_DEVICES, shared out among the workers.
+    """
+    todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Answer] | BaseException] = queue.SimpleQueue()
+    for number in range(len(requests)):
+        todo.put(number)
+    stop = threading.Event()
+    live: set[_Worker] = set()
+
+    def serve(job: int) -> None:
+        environment = {"CUDA_VISIBLE_DEVICES": devices[job % len(devices)]} if devices else {}
+        worker: _Worker | None = None
+        try:
+            while not stop.is_set():
+                try:
+                    number = todo.get_nowait()
+                except queue.Empty:
+                    return
+                assert number is not None
+                answer: Answer | None = None
+                for _ in range(2):
+                    if worker is None:
+                        worker = _Worker(environment)
+                        live.add(worker)
+                    answer = worker.ask(requests[number])
+                    if answer is not None or stop.is_set():
+                        break
+                    live.discard(worker)
+                    status, worker = worker.close(), None
+                    reason = f"its process died twice (status {status})"
+                    answer_if_dead = {"status": "memory" if status == -9 else "died", "reason": reason}
+                done.put((number, answer if answer is not None else answer_if_dead))
+                if fresh and worker is not None:
+                    live.discard(worker)
+                    worker.close()
+                    worker = None
+        except BaseException as error:
+            done.put(error)
+        finally:
+            if worker is not None:
+                live.discard(worker)
+                worker.close()
+
+    threads = [threading.Thread(target=serve, args=(job,), daemon=True) for job in range(min(jobs, len(requests)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in requests:
+            found = done.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stop.set()
+        for worker in list(live):
+            worker.process.terminate()  # a cell under way writes a checkpoint and leaves
+        for thread in threads:
+            thread.join(timeout=60)
