@@ -19,6 +19,7 @@ from torchstone.train.run import RunFolder, build_model, shape_of
 from torchstone.train.training import train as _train
 
 if TYPE_CHECKING:
+    from torchstone.evaluate import Result
     from torchstone.generate import Completion
 
 __all__ = ["Run", "build", "import_run", "inspect", "load", "train"]
@@ -52,6 +53,16 @@ class Run(RunFolder):
         options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
         engine = Engine.of_run(self, device=device, precision=precision, compile=compile)
         return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
+
+    def evaluate(self, **options: Any) -> list[Result]:
+        """Measure this run; `options` are those of `torchstone.evaluate.evaluate`.
+
+        Raises:
+            TorchstoneError: see there.
+        """
+        from torchstone.evaluate import evaluate
+
+        return evaluate(self, **options)
 
     def export(self, out: str | Path, to: str = "hf", dtype: str | None = None) -> str:
         """Write this run in another library's form; see `torchstone.interop.exporting.export_run`."""

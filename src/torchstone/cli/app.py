@@ -162,6 +162,72 @@ def export(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Perplexity and bits per byte of a file, a folder, a glob or standard input (-)."),
+    ] = None,
+    multiple_choice: Annotated[
+        list[str] | None,
+        typer.Option("--multiple-choice", help="Accuracy on a JSONL file of prompt, choices and answer."),
+    ] = None,
+    classification: Annotated[
+        list[str] | None, typer.Option("--classification", help="Accuracy on a JSONL file of text and label.")
+    ] = None,
+    minimal_pairs: Annotated[
+        list[str] | None,
+        typer.Option("--minimal-pairs", help="Accuracy on a JSONL file of sentence_good and sentence_bad."),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas between (extra eval).")
+    ] = "",
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with task files of your own.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens read at once; by default the model's context.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Tokens from window to window; by default half a window.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Documents or items of each source at most.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences that the model reads at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    out: Annotated[Path | None, typer.Option("--out", help="Write the report to this file as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run: perplexity, bits per byte and accuracies, each with its 95 % confidence interval."""
+    from torchstone.api import load
+    from torchstone.evaluate import report
+
+    folder = load(run)
+    results = folder.evaluate(
+        text=text or (),
+        multiple_choice=multiple_choice or (),
+        classification=classification or (),
+        minimal_pairs=minimal_pairs or (),
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        window=window,
+        stride=stride,
+        limit=limit,
+        device=device,
+        precision=precision,
+        batch=batch,
+        out=out,
+        quiet=False,
+    )
+    if as_json:
+        _print_json(report(folder, results))
+        return
+    for result in results:
+        for line in result.lines():
+            print(line)
+
+
+@app.command()
 def inspect(
     what: Annotated[str, typer.Argument(help="A built-in recipe, a YAML file or a run directory.")],
     overrides: Overrides = None,
