@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import torch
 from transformers import GenerationMixin
@@ -33,8 +34,8 @@ class TorchstoneCache(Cache):
     """
 
     is_compileable = False
-    is_sliding = (False,)
-    is_linear = (False,)
+    is_sliding: ClassVar[list[bool]] = [False]
+    is_linear: ClassVar[list[bool]] = [False]
 
     def __init__(self) -> None:
         super().__init__(layers=[])

@@ -9,7 +9,7 @@ Shapes: B rows, T columns of the caller, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class _Wrapper(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _with_head = True
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]  # type: ignore[misc]
 
     def __init__(self, config: TorchstoneConfig) -> None:
         super().__init__(config)
@@ -56,9 +56,11 @@ class _Wrapper(PreTrainedModel):
         for name, module in transformer._modules.items():
             if name != "head" or self._with_head:
                 self.add_module(name, module)
+        # tools that multiply with the matrix of a head themselves ask for its bias; a tied one is the embedding's
+        transformer.embedding.bias = None  # type: ignore[assignment]
         self._bare = {name: value for name, value in transformer.__dict__.items() if name != "_modules"}
         self.gradient_checkpointing = False
-        self._no_split_modules = sorted({type(block).__name__ for block in transformer.main.blocks})  # type: ignore[assignment]
+        self._no_split_modules = sorted({type(block).__name__ for block in transformer.main.blocks})
         self.post_init()
 
     def _spec(self, spec: TransformerSpec) -> TransformerSpec:
@@ -101,34 +103,30 @@ class _Wrapper(PreTrainedModel):
             lacks = next((name for name in new if not name.startswith("head.")), None)
             if lacks is not None:
                 raise TorchstoneError(f"{self.name_or_path or 'weights'}: has no tensor {lacks}")
-            initialise(self.head, torch.initial_seed(), "head")  # type: ignore[arg-type]
+            initialise(self.get_submodule("head"), torch.initial_seed(), "head")
 
     # -- embeddings
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
-        return self.embedding  # type: ignore[return-value]
+        return self.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another module of torchstone's in its place."""
         self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The projection to the vocabulary: a head's own, or one that shares the embedding's matrix."""
+        """The module whose matrix gives the logits; None where there is none, or where there is more to it."""
         head = self._modules.get("head")
         if head is None or not self._bare["spec"].head.over_vocabulary:
             return None
         if (own := getattr(head, "out", None)) is not None:
             return own
-        table = self.transformer.embedding.table()
-        assert table is not None
-        shared = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
-        shared.weight = table  # type: ignore[assignment]
-        return shared
+        return self.get_input_embeddings() if self._bare["spec"].head.kind == "lm" else None
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> Any:
         """The embedding, whose size is part of the spec and stays.
 
         Raises:
@@ -170,8 +168,8 @@ class _Wrapper(PreTrainedModel):
         output_attentions: bool | None,
         cache: TorchstoneCache | None = None,
         logits: bool = False,
-    ) -> tuple[Output, Columns, dict[str, tuple[torch.Tensor, ...]]]:
-        """The Transformer's output, in our columns; how to get back; recorded values in the caller's."""
+    ) -> tuple[Output, Columns, dict[str, Any]]:
+        """The Transformer's output, in our columns; how to get back; fields of their outputs, in the caller's."""
         given = [value for value in (input_ids, inputs_embeds) if value is not None]
         if len(given) != 1:
             raise TorchstoneError(f"forward: needs input_ids or inputs_embeds, got {'both' if given else 'neither'}")
@@ -205,9 +203,10 @@ class _Wrapper(PreTrainedModel):
             outputs="all" if logits else "none",
             key=key,
         )
+        recorded: dict[str, Any] = {}
         if cache is not None:
             cache.columns += width
-        recorded: dict[str, tuple[torch.Tensor, ...]] = {}
+            recorded[CACHE] = cache
         for group, wanted in names.items():
             assert taps is not None
             missing = next((name for name in wanted if name not in taps.seen), None)
@@ -250,7 +249,7 @@ class TorchstoneModel(_Wrapper):
     """Hidden states, without a head."""
 
     _with_head = False
-    _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^head\."]  # type: ignore[misc]
 
     @can_return_tuple
     def forward(
@@ -277,7 +276,7 @@ class TorchstoneModel(_Wrapper):
             input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds,
             output_hidden_states, output_attentions, held,
         )  # fmt: skip
-        return BaseModelOutputWithPast(last_hidden_state=columns.back(out.hidden), **{CACHE: held}, **recorded)
+        return BaseModelOutputWithPast(last_hidden_state=columns.back(out.hidden), **recorded)
 
 
 class TorchstoneForCausalLM(_Wrapper, GenerationMixin):
@@ -292,7 +291,16 @@ class TorchstoneForCausalLM(_Wrapper, GenerationMixin):
             raise TorchstoneError("model.causal: false is an encoder; AutoModelForMaskedLM takes it")
         return spec
 
-    def _prepare_cache_for_generation(
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, but a caller's `max_length` goes before the `max_new_tokens` of the run's own
+        generation_config.json."""
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        alone = all(kwargs.get(name) is None for name in ("max_new_tokens", "generation_config"))
+        if alone and given is not None and kwargs.get("max_length") is not None:
+            kwargs["max_new_tokens"] = kwargs.pop("max_length") - given.shape[1]
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -344,7 +352,7 @@ class TorchstoneForCausalLM(_Wrapper, GenerationMixin):
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: held}, **recorded)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
 
 class TorchstoneForMaskedLM(_Wrapper):
