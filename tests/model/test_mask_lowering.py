@@ -118,11 +118,13 @@ def test_windows_compose_and_equal_terms_stand_once() -> None:
 
 def test_term_of_ones_own_is_lowered_like_any_other() -> None:
     class Even(Term):
+        name = "even"
+
         def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
             return (k.index[:, None, :] % 2 == 0).expand(-1, q.index.shape[1], -1)
 
     tokens = Tokens.blank(6)
-    mask = CAUSAL & Even("even")
+    mask = CAUSAL & Even()
     assert torch.equal(dense(lower(mask, tokens, tokens, "same"), 1, 6, 6), mask.allow(tokens, tokens))
 
 

@@ -162,7 +162,7 @@ def decide(
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     found: dict[str, Verdict] = {}
     for name, d in differences.items():
-        span, smallest = interval(d), smallest_shown(d, max(1, len(tested)))
+        span, smallest = interval(d.tolist()), smallest_shown(d.tolist(), max(1, len(tested)))
         if name not in tested:
             found[name] = Verdict("no verdict", span, None, None, wide, smallest)
             continue

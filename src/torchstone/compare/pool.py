@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["Answer", "run_all"]
@@ -41,10 +42,8 @@ class _Worker:
 
     def close(self) -> int:
         assert self.process.stdin is not None
-        try:
+        with suppress(OSError):
             self.process.stdin.close()
-        except OSError:
-            pass
         return self.process.wait()
 
 

@@ -95,7 +95,7 @@ class Context:
 
     q: Tokens
     k: Tokens
-    mask: Mask = CAUSAL
+    mask: Mask = field(default_factory=lambda: CAUSAL)  # a factory: torch 2.11 cannot compile a default of this class
     relation: Relation = "same"
     slots: torch.Tensor | None = None
     positions: PositionModules = field(default_factory=dict[str, Any])

@@ -9,8 +9,8 @@ Shapes: B rows, T queries, S keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
@@ -30,7 +30,7 @@ _LARGEST = 4096
 class Term:
     """One condition. `name` is what a part lists in the masks that it can honour."""
 
-    name: str
+    name: ClassVar[str]
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         """Boolean (B|1, T, S): True where the query may see the key."""
@@ -43,7 +43,7 @@ class Term:
 
 @dataclass(frozen=True)
 class _Causal(Term):
-    name: str = "causal"
+    name: ClassVar[str] = "causal"
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         return k.index[:, None, :] <= q.index[:, :, None]
@@ -54,7 +54,7 @@ class _Causal(Term):
 
 @dataclass(frozen=True)
 class _Document(Term):
-    name: str = "document"
+    name: ClassVar[str] = "document"
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         q_start = torch.zeros_like(q.index) if q.start is None else q.start
@@ -67,7 +67,7 @@ class _Document(Term):
 
 @dataclass(frozen=True)
 class _Valid(Term):
-    name: str = "valid"
+    name: ClassVar[str] = "valid"
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         assert k.valid is not None
@@ -83,8 +83,8 @@ class _Valid(Term):
 class Window(Term):
     """The query and the `size` - 1 tokens before it; with a bidirectional mask, as many after it."""
 
+    name: ClassVar[str] = "window"
     size: int = 0
-    name: str = field(default="window", kw_only=True)  # `Window(128)` is its size
 
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         return (q.index[:, :, None] - k.index[:, None, :]).abs() < self.size

@@ -34,7 +34,7 @@ from torchstone.spec import Part, Spec, validate
 from torchstone.train.checkpoint import Checkpoints, TensorFile
 from torchstone.train.migrations import FORMAT_VERSION, migrate
 
-__all__ = ["RunFolder", "build_model", "load_weights", "shape_of"]
+__all__ = ["RunFolder", "build_model", "load_weights", "memory_of", "shape_of"]
 
 
 _FIXED = (
@@ -67,7 +67,7 @@ def shape_of(spec: ModelSpec) -> nn.Module:
         raise TorchstoneError("model: its sizes multiply to more bytes than can be counted") from None
 
 
-def _memory(device: torch.device) -> int | None:
+def memory_of(device: torch.device) -> int | None:
     """Bytes of memory that a device has in all, where that is known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -86,7 +86,7 @@ def build_model(
         TorchstoneError: the device has less memory than the weights take.
     """
     model = shape_of(spec) if dtype is None else shape_of(spec).to(dtype)
-    need, there = sum(p.numel() * p.element_size() for p in model.parameters()), _memory(torch.device(device))
+    need, there = sum(p.numel() * p.element_size() for p in model.parameters()), memory_of(torch.device(device))
     if there is not None and need > there:
         raise TorchstoneError(f"model: its weights take {need / 1e9:,.0f} GB, {device} has {there / 1e9:,.0f} GB")
     model = model.to_empty(device=device)
