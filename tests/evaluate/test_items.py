@@ -100,6 +100,20 @@ def test_accuracy_counts_the_best_choice_and_the_best_a_byte(gpt2: Any, letters:
     assert found["accuracy"] == wilson(right, 9) and found["accuracy_per_byte"] == wilson(per_byte, 9)
 
 
+def test_a_choice_is_as_long_as_its_bytes_and_not_its_characters(gpt2: Any, letters: Tokenizer) -> None:
+    choices, items, by_characters = ["漢字", "ab", "é", "xyz"], [], []
+    for prompt in "abcdefghijklmnopqrstuvwxyz":
+        scores = [likelihood(gpt2.theirs, [ord(prompt)], list(choice.encode())) for choice in choices]
+        best = [
+            max(range(4), key=[score / size for score, size in zip(scores, sizes, strict=True)].__getitem__)
+            for sizes in ([len(choice.encode()) for choice in choices], [len(choice) for choice in choices])
+        ]
+        items.append(Question(prompt, choices, best[0]))
+        by_characters.append(best[1])
+    assert by_characters != [item.answer for item in items]
+    assert multiple_choice(Scorer(gpt2.ours, letters), items)["accuracy_per_byte"].value == 1
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_the_batch_changes_no_score(request: pytest.FixtureRequest, letters: Tokenizer, name: str) -> None:
     model = request.getfixturevalue(name).ours

@@ -7,7 +7,7 @@ several tasks on a run. `torchstone.evaluate.harness` is for the tasks of lm-eva
 from __future__ import annotations
 
 from torchstone.evaluate.classification import Example, classification, read_examples
-from torchstone.evaluate.evaluation import evaluate, report
+from torchstone.evaluate.evaluation import Sources, evaluate, report
 from torchstone.evaluate.intervals import Estimate, ratio, wilson
 from torchstone.evaluate.minimal_pairs import Pair, minimal_pairs, read_pairs
 from torchstone.evaluate.multiple_choice import Question, multiple_choice, read_questions
@@ -24,6 +24,7 @@ __all__ = [
     "Question",
     "Result",
     "Scorer",
+    "Sources",
     "classification",
     "evaluate",
     "minimal_pairs",

@@ -19,9 +19,10 @@ from torchstone.evaluate.text import perplexity, read_documents
 from torchstone.files import write_json
 from torchstone.train.run import RunFolder
 
-__all__ = ["evaluate", "report"]
+__all__ = ["Sources", "evaluate", "report"]
 
 Sources = str | Path | Sequence[str | Path]
+"""One or several sources of items."""
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -158,7 +159,12 @@ def run_tasks(
                 bootstrap_iters=_BOOTSTRAP,
                 log_samples=False,
             )
-        except (OSError, ValueError, KeyError) as error:  # what a task file or its data set may do wrong
+        except Exception as error:  # a task file or its data set may do anything wrong
+            if (
+                sum("torchstone" in frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+                > 1
+            ):
+                raise  # it came through the model, and is bad input of ours or a defect
             text = " ".join(str(error).split())[:200]
             raise TorchstoneError(f"tasks {', '.join(tasks)}: {type(error).__name__}: {text}") from error
     results = []
