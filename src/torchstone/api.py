@@ -19,7 +19,7 @@ from torchstone.train.run import RunFolder, build_model, shape_of
 from torchstone.train.training import train as _train
 
 if TYPE_CHECKING:
-    from torchstone.evaluate import Result
+    from torchstone.evaluate import Result, Sources
     from torchstone.generate import Completion
 
 __all__ = ["Run", "build", "import_run", "inspect", "load", "train"]
@@ -54,15 +54,32 @@ class Run(RunFolder):
         engine = Engine.of_run(self, device=device, precision=precision, compile=compile)
         return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
 
-    def evaluate(self, **options: Any) -> list[Result]:
-        """Measure this run; `options` are those of `torchstone.evaluate.evaluate`.
+    def evaluate(
+        self,
+        *,
+        text: Sources = (),
+        multiple_choice: Sources = (),
+        classification: Sources = (),
+        minimal_pairs: Sources = (),
+        tasks: str | Sequence[str] = (),
+        **options: Any,
+    ) -> list[Result]:
+        """Measure this run on texts, items and tasks; see `torchstone.evaluate.evaluate`, also for the `options`.
 
         Raises:
-            TorchstoneError: see there.
+            TorchstoneError: bad input, a model that the task makes no sense for, no weights yet.
         """
         from torchstone.evaluate import evaluate
 
-        return evaluate(self, **options)
+        return evaluate(
+            self,
+            text=text,
+            multiple_choice=multiple_choice,
+            classification=classification,
+            minimal_pairs=minimal_pairs,
+            tasks=tasks,
+            **options,
+        )
 
     def export(self, out: str | Path, to: str = "hf", dtype: str | None = None) -> str:
         """Write this run in another library's form; see `torchstone.interop.exporting.export_run`."""
