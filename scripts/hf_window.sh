@@ -16,4 +16,4 @@ if [ ! -f "$environment/ready" ]; then
     "transformers==$version"
   touch "$environment/ready"
 fi
-"$environment/bin/python" -m pytest -p no:cacheprovider -m "" tests/interop/test_hf.py tests/interop/test_hf_tools.py
+"$environment/bin/python" -m pytest -p no:cacheprovider tests/interop/test_hf*.py

@@ -108,6 +108,15 @@ def test_embeddings_in_the_place_of_ids_give_the_same_tokens() -> None:
     assert torch.equal(out, model.generate(**given, do_sample=False, max_new_tokens=6)[:, -6:])
 
 
+def test_assisted_decoding_gives_the_same_tokens() -> None:
+    model, assistant, given = causal(), causal(), ids(1, 6)
+    with torch.no_grad():
+        for parameter in assistant.parameters():  # so that it is right now and then
+            parameter.mul_(1.1)
+    options = {"do_sample": False, "max_new_tokens": 15}
+    assert torch.equal(model.generate(given, assistant_model=assistant, **options), model.generate(given, **options))
+
+
 def test_a_callers_max_length_goes_before_the_runs_own_max_new_tokens() -> None:
     model, given = causal(), ids(1, 5)
     assert model.generation_config.max_new_tokens == 256

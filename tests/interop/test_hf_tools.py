@@ -109,7 +109,7 @@ def test_three_sft_steps_of_trl_start_at_the_models_own_loss(name: str, packed: 
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
-            **arguments(tmp_path, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False),
+            **arguments(tmp_path, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=packed),
             max_length=None,
             padding_free=packed,
         ),
@@ -129,6 +129,27 @@ def test_three_sft_steps_of_trl_start_at_the_models_own_loss(name: str, packed: 
     assert losses[0] == pytest.approx(total / count, abs=2e-3)
     assert len(losses) == 3 and losses[2] < losses[0]
     assert not torch.equal(model.state_dict()["embedding.weight"], before["embedding.weight"])
+
+
+@pytest.mark.slow
+def test_trl_trains_an_adapter_of_peft_alone(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    trainer = trl.SFTTrainer(
+        model=causal(),
+        args=trl.SFTConfig(**arguments(tmp_path), bf16=False),
+        train_dataset=datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno pq", "rst uv"]}),
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    trainer.train()
+    losses, ours = logged(trainer), run("grouped-rotary").model().state_dict()
+    assert len(losses) == 3 and losses[2] < losses[0]
+    base = {
+        name.replace(".base_layer", ""): value for name, value in trainer.model.get_base_model().state_dict().items()
+    }
+    assert all(torch.equal(base[name], value) for name, value in ours.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- PEFT

@@ -308,11 +308,9 @@ class TorchstoneForCausalLM(_Wrapper, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise TorchstoneError(
-                f"cache_implementation: {generation_config.cache_implementation!r}; a model's parts declare its state, "
-                "so leave it out"
-            )
+        kind = generation_config.cache_implementation
+        if kind is not None and not kind.startswith("dynamic"):  # assisted decoding may ask for "dynamic_full"
+            raise TorchstoneError(f"cache_implementation: {kind!r}; a model's parts declare its state, so leave it out")
         if model_kwargs.get(CACHE) is not None:
             model_kwargs[CACHE]._is_user_defined = True
         elif generation_config.use_cache is not False:
