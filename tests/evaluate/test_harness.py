@@ -165,3 +165,21 @@ def test_a_task_that_does_not_exist_or_cannot_be_loaded(
     assert said.status == 2 and "has no task 'brokn' (did you mean 'broken'?)" in said.err.splitlines()[-1]
     said = cli("evaluate", run, "--tasks", "broken", "--include-path", tmp_path / "none")
     assert said.status == 2 and "is no folder" in said.err
+
+
+def test_what_the_model_refuses_stays_its_own_sentence(
+    cli: Callable[..., Any], masked_run: Path, task: Callable[..., Path]
+) -> None:
+    folder = task(
+        "local_writing",
+        [{"text": "a", "answer": "b"}],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 2},
+        metric_list=[{"metric": "exact_match"}],
+    )
+    command = ("evaluate", masked_run, "--tasks", "local_writing", "--include-path", folder, "--device", "cpu")
+    said = cli(*command)
+    assert said.status == 2 and said.out == ""
+    assert said.err.splitlines()[-1].startswith("torchstone: evaluate: a masked language model writes no text")
