@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,6 +345,8 @@ def test_recomputing_is_that_of_the_stacks_and_changes_no_gradient() -> None:
         torch.manual_seed(0)
         model(ids(2, 6), labels=ids(2, 6)).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
+    with pytest.raises(TorchstoneError, match="gradient checkpointing: recomputes every layer"):
+        model._set_gradient_checkpointing(every_n_layers=2)
     model.gradient_checkpointing_disable()
     assert not model.transformer.decoder.recompute
     for a, b in zip(*gradients, strict=True):
@@ -494,6 +498,24 @@ def test_the_wrong_class_says_which_is_right() -> None:
         AutoModelForCausalLM.from_pretrained(run("masked").path)
     with pytest.raises(TorchstoneError, match="AutoModelForCausalLM takes it"):
         AutoModelForMaskedLM.from_pretrained(run("alibi").path)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [("None", "needs transformers 5; pip install"), ("SimpleNamespace(__version__='4.57.1')", "5, found 4.57.1")],
+)
+def test_without_a_fitting_transformers_the_import_is_one_sentence(found: str, said: str) -> None:
+    code = f"""
+import sys
+from types import SimpleNamespace
+sys.modules["transformers"] = {found}
+try:
+    import torchstone.interop.hf
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("TorchstoneError torchstone.interop.hf: needs transformers 5") and said in done.stdout
 
 
 # -------------------------------------------------------------------------------------------------------- pipelines

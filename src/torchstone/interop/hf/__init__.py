@@ -15,18 +15,12 @@ from __future__ import annotations
 from torchstone.errors import TorchstoneError
 
 try:
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSequenceClassification,
-        PreTrainedConfig,  # noqa: F401  (its spelling is that of transformers 5)
-    )
-except ImportError as error:
-    raise TorchstoneError(
-        f"torchstone.interop.hf: needs transformers 5 ({error}); pip install 'torchstone[hf]'"
-    ) from None
+    import transformers
+except ImportError:
+    raise TorchstoneError("torchstone.interop.hf: needs transformers 5; pip install 'torchstone[hf]'") from None
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise TorchstoneError(f"torchstone.interop.hf: needs transformers 5, found {transformers.__version__}")
 
 from torchstone.interop.hf.cache import TorchstoneCache
 from torchstone.interop.hf.config import TorchstoneConfig
@@ -46,8 +40,8 @@ __all__ = [
     "TorchstoneModel",
 ]
 
-AutoConfig.register("torchstone", TorchstoneConfig)
-AutoModel.register(TorchstoneConfig, TorchstoneModel)
-AutoModelForCausalLM.register(TorchstoneConfig, TorchstoneForCausalLM)
-AutoModelForMaskedLM.register(TorchstoneConfig, TorchstoneForMaskedLM)
-AutoModelForSequenceClassification.register(TorchstoneConfig, TorchstoneForSequenceClassification)
+transformers.AutoConfig.register("torchstone", TorchstoneConfig)
+transformers.AutoModel.register(TorchstoneConfig, TorchstoneModel)
+transformers.AutoModelForCausalLM.register(TorchstoneConfig, TorchstoneForCausalLM)
+transformers.AutoModelForMaskedLM.register(TorchstoneConfig, TorchstoneForMaskedLM)
+transformers.AutoModelForSequenceClassification.register(TorchstoneConfig, TorchstoneForSequenceClassification)
