@@ -8,11 +8,22 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchstone.api import Run, build, import_run, inspect, load, train
+    from torchstone.api import Run, build, compare, import_run, inspect, load, train
     from torchstone.errors import TorchstoneError
     from torchstone.recipe import Recipe, load_recipe
 
-__all__ = ["Recipe", "Run", "TorchstoneError", "build", "import_run", "inspect", "load", "load_recipe", "train"]
+__all__ = [
+    "Recipe",
+    "Run",
+    "TorchstoneError",
+    "build",
+    "compare",
+    "import_run",
+    "inspect",
+    "load",
+    "load_recipe",
+    "train",
+]
 
 __version__ = "0.1.0"
 

@@ -19,10 +19,13 @@ from torchstone.train.run import RunFolder, build_model, shape_of
 from torchstone.train.training import train as _train
 
 if TYPE_CHECKING:
+    from torchstone.compare import Estimate
+    from torchstone.compare import Result as Comparison
+    from torchstone.compare.match import Match
     from torchstone.evaluate import Result, Sources
     from torchstone.generate import Completion
 
-__all__ = ["Run", "build", "import_run", "inspect", "load", "train"]
+__all__ = ["Run", "build", "compare", "import_run", "inspect", "load", "train"]
 
 
 class Run(RunFolder):
@@ -159,6 +162,93 @@ def build(
     if width is None:
         raise TorchstoneError(f"build: a part of family {spec.family} needs width=")
     return alone(spec, width, seed=seed, **more).to(device)
+
+
+def compare(
+    variants: Mapping[str, Any] | Sequence[str],
+    seeds: int | Sequence[int] = 5,
+    *,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    match: Match = "none",
+    match_tolerance: float = 0.01,
+    tune: Mapping[str, Sequence[float]] | None = None,
+    tuning_seeds: int = 1,
+    margin: float = 0.005,
+    budget: float | None = None,
+    budgets: Sequence[float] = (1.0,),
+    metric: str | None = None,
+    higher_is_better: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Comparison | Estimate:
+    """Train variants under the same seeds, batches and first values, and say which is better, by how much, how sure.
+
+    Args:
+        variants: name -> a function from a seed to metrics, or a recipe, or (with `recipe`) a patch on it; or, with
+            `recipe`, axes as on the command line: ``["model.position=rotary,alibi"]``. The first is the reference.
+        seeds: how many, or which.
+        recipe: what patches and axes change.
+        out: the comparison's folder, in which it can be continued; None takes a temporary one.
+        jobs: cells trained at once.
+        match: "parameters" or "flops" sets the feed-forward width so that all variants are of one size, "wall" the
+            steps so that all take one time.
+        match_tolerance: difference of size that may stay, as a share.
+        tune: one field and a grid that every variant is tuned over, by validation loss, on seeds of its own.
+        tuning_seeds: how many of those.
+        margin: what counts as equivalent, as a share of the reference's mean.
+        budget: seconds that all may take; steps are cut, never seeds.
+        budgets: factors on the steps: one comparison each, and the trend of the gap.
+        metric: name of the number compared; by default bits per byte, or what a task measures.
+        higher_is_better: direction of `metric`.
+        dry_run: only estimate the cost.
+        quiet: no progress on stderr.
+
+    Raises:
+        TorchstoneError: fewer than two variants, one that cannot be built or matched, a folder with another comparison,
+            a budget too small.
+    """
+    import tempfile
+
+    from torchstone.compare import Metric, Options, compare_functions, compare_recipes, from_axes, from_patch
+
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    number = None if metric is None else Metric(metric, not higher_is_better)
+    if isinstance(variants, Mapping):
+        functions = {name: value for name, value in variants.items() if callable(value)}
+        if functions:
+            if len(functions) != len(variants):
+                raise TorchstoneError("compare: variants are all functions, or none is")
+            return compare_functions(functions, chosen, number, margin)
+        made = [
+            from_patch(name, value, None) if recipe is None else from_patch(name, recipe, value)
+            for name, value in variants.items()
+        ]
+    elif recipe is None:
+        raise TorchstoneError("compare: axes need recipe=, what they change")
+    else:
+        made = from_axes(recipe, variants)
+    if tune is not None and len(tune) != 1:
+        raise TorchstoneError(f"compare: tune takes one field and its grid, got {len(tune)}")
+    options = Options(
+        seeds=chosen,
+        jobs=jobs,
+        match=match,
+        tolerance=match_tolerance,
+        tune=None if tune is None else next((path, tuple(map(float, grid))) for path, grid in tune.items()),
+        tuning_seeds=tuning_seeds,
+        margin=margin,
+        budget=budget,
+        budgets=tuple(float(factor) for factor in budgets),
+        metric=number,
+        dry_run=dry_run,
+    )
+    say = (lambda text: None) if quiet else None
+    if out is not None:
+        return compare_recipes(made, out, options, say)
+    with tempfile.TemporaryDirectory(prefix="torchstone-compare-") as folder:
+        return compare_recipes(made, folder, options, say)
 
 
 def inspect(

@@ -132,6 +132,69 @@ def generate(
             print((text if echo else "") + done.text)
 
 
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
+    axes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=A,B,...]...", help="Axes; a single value is an override for all."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The comparison's folder; continued if it was begun.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of every variant.")] = 5,
+    variants: Annotated[Path | None, typer.Option("--variants", help="YAML: name -> fields, instead of axes.")] = None,
+    jobs: Annotated[int, typer.Option(help="Cells trained at once.")] = 1,
+    match: Annotated[str, typer.Option(help="none, parameters, flops or wall.")] = "none",
+    match_tolerance: Annotated[float, typer.Option(help="Difference of size that may stay.")] = 0.01,
+    tune: Annotated[str | None, typer.Option(help="FIELD=A,B,C: a grid for every variant, on other seeds.")] = None,
+    tuning_seeds: Annotated[int, typer.Option(help="Seeds of the grid.")] = 1,
+    margin: Annotated[float, typer.Option(help="What counts as equivalent, as a share of the reference.")] = 0.005,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for all, as in 90s, 30m, 2h: cuts steps, never seeds.")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Factors on the steps, as in 1,2,4: shows the trend.")] = "1",
+    metric: Annotated[str | None, typer.Option(help="Name of the number compared.")] = None,
+    higher_is_better: Annotated[bool, typer.Option("--higher-is-better", help="Direction of --metric.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the cost.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train variants under the same seeds and say which is better, by how much, how sure, at what cost."""
+    from dataclasses import asdict
+
+    from torchstone.compare import Estimate, Metric, Options, compare_recipes, from_axes, from_file
+    from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
+    from torchstone.errors import TorchstoneError
+
+    if out is None:
+        raise TorchstoneError("compare: needs --out, the comparison's folder")
+    made = from_axes(recipe, axes or []) if variants is None else from_file(recipe, variants, axes or [])
+    options = Options(
+        seeds=tuple(range(seeds)),
+        jobs=jobs,
+        match=one_of("--match", match, ("none", "parameters", "flops", "wall")),  # type: ignore[arg-type]
+        tolerance=match_tolerance,
+        tune=None if tune is None else grid_of(tune),
+        tuning_seeds=tuning_seeds,
+        margin=margin,
+        budget=None if budget is None else seconds_of(budget),
+        budgets=numbers_of("--budgets", budgets),
+        metric=None if metric is None else Metric(metric, not higher_is_better),
+        dry_run=dry_run,
+    )
+    result = compare_recipes(made, out, options)
+    if isinstance(result, Estimate):
+        if as_json:
+            _print_json(asdict(result))
+        else:
+            print(result)
+    elif as_json:
+        _print_json(result.to_dict())
+    else:
+        print(result.table)
+        print(f"report: {out / 'report.html'}", file=sys.stderr)
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or an id on the hub.")],

@@ -1,7 +1,7 @@
 """A cell: one variant under one seed, trained and measured; and the probe that says beforehand what it will cost.
 
-Both run in a process of their own (`python -m torchstone.compare.cell` serves them), so that a cell that dies takes
-nothing with it, and memory is measured from a clean start.
+Both run in a process of their own, which `serve` is the main loop of, so that a cell that dies takes nothing with it,
+and memory is measured from a clean start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import read_json, write_json
 from torchstone.recipe import Recipe, load_recipe
 
-__all__ = ["RESULT", "finished", "probe", "run_cell"]
+__all__ = ["RESULT", "finished", "probe", "run_cell", "serve"]
 
 RESULT = "result.json"
 _PROBE_STEPS = 5
@@ -116,8 +116,8 @@ def _documents(run: Any) -> dict[str, list[float]] | None:
         there = batch["next"] >= 0
         bits.index_add_(0, where[there], nll_BT[there].double() / math.log(2))
         count.index_add_(0, where[there], torch.ones(int(there.sum()), dtype=torch.float64))
-    # a document counts its share of the split's bytes by its tokens
-    size = count * blocks.bytes / blocks.tokens
+    # a document counts its share of the split's bytes by its tokens; every token but the first is a target
+    size = count * blocks.bytes / (blocks.tokens - 1)
     return {"bits": bits.tolist(), "bytes": size.tolist()}
 
 
@@ -125,8 +125,8 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
     """Speed, memory and disk of a recipe, from a few steps with nothing else at work.
 
     Returns:
-        seconds_per_step, tokens_per_second, startup_seconds, evaluation_seconds of a whole cell, peak_bytes above the
-        process before the model was made, predicted_bytes, disk_bytes of one cell.
+        seconds_per_step, tokens_per_second, startup_seconds, seconds_per_block of an evaluation and the blocks of one,
+        peak_bytes above the process before the model was made, predicted_bytes, disk_bytes of one cell.
     """
     import torch
 
@@ -136,7 +136,8 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
 
     began = time.perf_counter()
     idle = _peak()
-    trainer, resolved = make_trainer(recipe)
+    # cost does not depend on the learning rate, and one at which a recipe diverges must not stop the probe
+    trainer, resolved = make_trainer(recipe.override({"optimizer": {"lr": 1e-12}}))
     startup = time.perf_counter() - began
     for _ in range(2):
         trainer.train_step()
@@ -147,19 +148,19 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
     tokens = recipe.trainer.batch * recipe.trainer.accumulate * getattr(resolved.data, "block", 1)
     began = time.perf_counter()
     if trainer.source.valid is not None:
-        trainer.measure_split(trainer.source.valid, "valid", 2)
-    per_block = (time.perf_counter() - began) / 2
+        trainer.measure_split(trainer.source.valid, "valid", recipe.trainer.batch)
+    per_block = (time.perf_counter() - began) / recipe.trainer.batch
     spec = resolved.evaluate
-    rounds = resolved.trainer.steps // spec.every + 2
-    sizes = [0 if split is None else len(split) for split in (trainer.source.valid, trainer.source.test)]  # type: ignore[arg-type]
-    blocks = rounds * min(sizes[0], spec.blocks or sizes[0]) + (2 * sizes[1] if spec.test else 0)
+    valid, test = [0 if split is None else len(split) for split in (trainer.source.valid, trainer.source.test)]  # type: ignore[arg-type]
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     counts = measure(trainer.model, getattr(resolved.data, "block", 1), torch.float32)
     return {
         "seconds_per_step": per_step,
         "tokens_per_second": tokens / per_step,
         "startup_seconds": startup,
-        "evaluation_seconds": per_block * blocks,
+        "seconds_per_block": per_block,
+        "valid_blocks": min(valid, spec.blocks or valid),
+        "test_blocks": 2 * test if spec.test else 0,  # once by the engine, once document by document
         "peak_bytes": _peak() - idle,
         "predicted_bytes": training_memory(resolved).peak,
         "disk_bytes": weights * (1 + 3 * (resolved.trainer.keep_last + 1)),
@@ -179,7 +180,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _serve() -> None:
+def serve() -> None:
     """Answer requests, one JSON document a line on standard input, until it ends: the worker's side."""
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not mix with answers
@@ -201,7 +202,3 @@ def _serve() -> None:
             answer = {"status": what, "reason": short[:300]}
         out.write(json.dumps(answer) + "\n")
         out.flush()
-
-
-if __name__ == "__main__":
-    _serve()

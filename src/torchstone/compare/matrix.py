@@ -329,7 +329,8 @@ def _seconds(variant: Variant, probe: Mapping[str, Any], factor: float = 1.0) ->
     if "seconds_per_step" not in probe:
         return 0.0
     steps = variant.recipe.trainer.steps * factor
-    return probe["startup_seconds"] + steps * probe["seconds_per_step"] + probe["evaluation_seconds"]
+    blocks = (steps // variant.recipe.evaluate.every + 2) * probe["valid_blocks"] + probe["test_blocks"]
+    return probe["startup_seconds"] + steps * probe["seconds_per_step"] + blocks * probe["seconds_per_block"]
 
 
 def _estimate(variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any]], options: Options) -> Estimate:

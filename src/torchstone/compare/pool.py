@@ -16,13 +16,15 @@ __all__ = ["Answer", "run_all"]
 
 Answer = dict[str, Any]
 
+_COMMAND = [sys.executable, "-c", "from torchstone.compare.cell import serve; serve()"]
+
 
 class _Worker:
-    """A process of `torchstone.compare.cell`."""
+    """A process that runs `torchstone.compare.cell.serve`."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torchstone.compare.cell"],
+            _COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -109,7 +109,7 @@ def from_axes(source: Source, arguments: Iterable[str]) -> list[Variant]:
     return found
 
 
-def from_file(source: Source, path: str | Path, common: Sequence[str]) -> list[Variant]:
+def from_file(source: Source, path: str | Path, common: Sequence[str] = ()) -> list[Variant]:
     """Named variants: a YAML mapping from names to patches (nested fields, or a list of ``field=value``).
 
     Raises:
