@@ -29,7 +29,8 @@ def save(folder: Path, model: Any, shard: str = "5GB", tokenizer: bool = True) -
     """A checkpoint as transformers writes it, with a tokenizer of bytes."""
     from torchstone.data.tokenizers.bytes import BytesSpec
 
-    model.generation_config.eos_token_id = 257
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = 257
     model.save_pretrained(folder, max_shard_size=shard)
     if tokenizer:
         BytesSpec().load(lambda: iter(()), "", None).save(folder)  # type: ignore[arg-type]
@@ -70,6 +71,17 @@ def test_an_imported_run_keeps_the_precision_of_its_source(tmp_path: Path) -> No
 
     assert TensorFile(run.path / "model.safetensors").dtype == torch.bfloat16
     assert next(run.model().parameters()).dtype == torch.float32
+
+
+def test_names_of_classes_come_along_and_go_out_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 64}
+    config = transformers.BertConfig(**sizes, id2label={0: "bad", 1: "fair", 2: "good"})
+    model = transformers.BertForSequenceClassification(config).eval()
+    run = import_run(save(tmp_path / "hf", model), tmp_path / "run")
+    assert run.config["id2label"] == {"0": "bad", "1": "fair", "2": "good"}
+    export_run(run, tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "bad", 1: "fair", 2: "good"}
 
 
 def test_training_goes_on_from_an_imported_run(tmp_path: Path) -> None:

@@ -149,8 +149,6 @@ class Tokenizer:
         Raises:
             TorchstoneError: it holds half of a surrogate pair.
         """
-        if self._bytes is not None:
-            return self.encode(text)
         _check(text)
         return list(self.backend.encode(text, add_special_tokens=True).ids)
 

@@ -183,7 +183,8 @@ def _write_layout(
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.write(spec, meta.__getitem__)}
     _write_tensors(work, shapes, layout.write(spec, get), dtype)
     name = str(dtype).removeprefix("torch.")
-    write_json(work / "config.json", {**config, **_special(run), "dtype": name})
+    labels = {key: value for key, value in run.config.items() if key in ("id2label", "label2id") and key in config}
+    write_json(work / "config.json", {**config, **labels, **_special(run), "dtype": name})
     _copy_companions(work, run)
 
 

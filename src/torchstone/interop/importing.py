@@ -15,7 +15,7 @@ import torch
 
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
-from torchstone.files import full_disk
+from torchstone.files import full_disk, read_json, write_json
 from torchstone.interop.layout import Shapes, compare_shapes, find_layout
 from torchstone.interop.source import CheckpointFolder
 from torchstone.model.transformer import TransformerSpec
@@ -62,6 +62,9 @@ def import_run(source: str | Path, out: str | Path) -> RunFolder:
             work.mkdir(parents=True)
             stream_tensors(work / "model.safetensors", shapes, tensors, given.dtype())
         RunFolder(work).begin(_recipe(spec, tokenizer, folder.path), tokenizer, facts)
+        names = {name: given.config[name] for name in ("id2label", "label2id") if name in given.config}
+        if names and spec.head.kind == "classification":
+            write_json(work / "config.json", {**read_json(work / "config.json"), **names})
         with full_disk(folder.path):
             for file in given.companions():
                 shutil.copyfile(file, work / file.name)
