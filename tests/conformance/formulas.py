@@ -28,6 +28,12 @@ def _gated(spec: Any, D: int) -> int:
     return 3 * D * F + (2 * F + D) * spec.bias
 
 
+def _tokens(spec: Any, D: int, V: int) -> int:
+    E = spec.size or D
+    total = (V + spec.types) * E + (of(spec.norm)(spec.norm, E) if spec.norm is not None else 0)
+    return total + (E * D + D if E != D else 0)
+
+
 Projection = tuple[int, int, str]
 """Inputs, outputs and role of a projection or of one slice of a fused one."""
 
@@ -71,13 +77,12 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "sinusoidal"): lambda spec, D, H, context: 0,
     ("position", "learned"): lambda spec, D, H, context: context * D,
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
-    ("embedding", "token"): lambda spec, D, V: (
-        (V + spec.types) * D + (of(spec.norm)(spec.norm, D) if spec.norm is not None else 0)
-    ),
+    ("embedding", "token"): _tokens,
     ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
-    ("head", "lm"): lambda spec, D, V, norm: 0 if spec.tied else V * D + V * spec.bias,
-    ("head", "mlm"): lambda spec, D, V, norm: D * D + D + of(norm)(norm, D) + V + (0 if spec.tied else V * D),
-    ("head", "classification"): lambda spec, D, V, norm: D * spec.classes + spec.classes + (D * D + D) * spec.pooler,
+    ("head", "lm"): lambda spec, D, V, norm, E: 0 if spec.tied else V * D + V * spec.bias,
+    ("head", "mlm"): lambda spec, D, V, norm, E: D * E + E + of(norm)(norm, E) + V + (0 if spec.tied else V * E),
+    ("head", "classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.pooler,
+    ("head", "token_classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.transform,
     ("stack", "plain"): lambda spec: 0,
 }
 
@@ -92,7 +97,8 @@ def of(spec: PartSpec) -> Formula:
 def parameters(spec: TransformerSpec) -> int:
     """Parameters of a Transformer whose layers are alike."""
     D, V = spec.width, spec.vocabulary
-    total = of(spec.embedding)(spec.embedding, D, V) + of(spec.head)(spec.head, D, V, spec.norm)
+    E = getattr(spec.embedding, "size", None) or D  # of the vectors, to which positions are added
+    total = of(spec.embedding)(spec.embedding, D, V) + of(spec.head)(spec.head, D, V, spec.norm, E)
     for side in ("encoder", "decoder"):
         plan, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
         for layer in plan:
@@ -108,6 +114,6 @@ def parameters(spec: TransformerSpec) -> int:
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
-            total += of(plan[0].position)(plan[0].position, D, plan[0].attention.heads, spec.context)
+            total += of(plan[0].position)(plan[0].position, E, plan[0].attention.heads, spec.context)
             total += of(spec.stack)(spec.stack)
     return total

@@ -472,16 +472,19 @@ def _() -> None:
 @oracle("embedding", "token")
 def _() -> None:
     ids, segment = drawn_ids(2, 6), drawn_ids(2, 6, seed=1) % 2
-    for spec in (*specs("embedding", "token"), resolve("embedding", "token")(scale=True, types=2, norm="rmsnorm")):
-        m, added = ready(spec.build(Site(width=32), 61)), drawn(1, 6, 32)
-        wanted = m.weight[ids] * (math.sqrt(32) if spec.scale else 1) + added
+    more = ({"scale": True, "types": 2, "norm": "rmsnorm"}, {"scale": True, "size": 40})
+    for spec in (*specs("embedding", "token"), *(validate(resolve("embedding", "token"), fields) for fields in more)):
+        E = spec.size or 32
+        m, added = ready(spec.build(Site(width=32), 61)), drawn(1, 6, E)
+        wanted = m.weight[ids] * (math.sqrt(E) if spec.scale else 1) + added
         wanted = wanted + (m.types.weight[segment] if spec.types else 0)
         if spec.norm is not None:
             state = {name: array(value) for name, value in m.norm.state_dict().items()}
             rows = [
-                normed(spec.norm, row, state.get("weight"), state.get("bias")) for row in array(wanted).reshape(-1, 32)
+                normed(spec.norm, row, state.get("weight"), state.get("bias")) for row in array(wanted).reshape(-1, E)
             ]
-            wanted = torch.tensor(np.array(rows)).view(2, 6, 32)
+            wanted = torch.tensor(np.array(rows)).view(2, 6, E)
+        wanted = wanted if E == 32 else wanted @ m.project.weight.T + m.project.bias
         same(m(ids, Tokens.of(ids, segment=segment), added, Context.alone(added)), wanted, str(spec))
 
 
@@ -513,23 +516,37 @@ def _() -> None:
 
 @oracle("head", "mlm")
 def _() -> None:
-    h, table = drawn(2, 3, 32), drawn(61, 32)
-    for tied in (True, False):
-        m = ready(resolve("head", "mlm")(tied=tied).build(Site(width=32), 61))
+    for tied, E in product((True, False), (32, 12)):
+        h, table = drawn(2, 3, 32), drawn(61, E)
+        m = ready(resolve("head", "mlm")(tied=tied).build(Site(width=32, table_width=E), 61))
         y = rms(mapped("gelu", h @ m.transform.weight.T + m.transform.bias), m.norm.weight)
-        same(m(h, Tokens.blank(3), table), y @ (table if tied else m.out.weight).T + m.bias, f"tied={tied}")
+        same(m(h, Tokens.blank(3), table), y @ (table if tied else m.out.weight).T + m.bias, f"tied={tied}, E={E}")
 
 
 @oracle("head", "classification")
 def _() -> None:
     h, valid = drawn(2, 4, 32), torch.tensor([[False, True, True, True], [True, True, False, False]])
-    for pool, pooler, padded in product(("first", "last", "mean"), (True, False), (True, False)):
-        m = ready(resolve("head", "classification")(pool=pool, pooler=pooler, classes=3).build(Site(width=32), None))
+    transforms = (None, "tanh", "gelu", "relu")
+    for pool, name, padded in product(("first", "last", "mean"), transforms, (True, False)):
+        fields = {"pooler": True, "activation": name} if name else {}
+        m = ready(resolve("head", "classification")(pool=pool, classes=3, **fields).build(Site(width=32), None))
         rows = [h[0, 1:], h[1, :2]] if padded else [h[0], h[1]]
         y = torch.stack([{"first": row[0], "last": row[-1], "mean": row.mean(0)}[pool] for row in rows])
-        y = torch.tanh(y @ m.pooler.weight.T + m.pooler.bias) if pooler else y
+        if name:
+            y = y @ m.pooler.weight.T + m.pooler.bias
+            y = torch.tanh(y) if name == "tanh" else mapped(name, y)
         logits = m(h, Tokens.blank(4, valid=valid if padded else None), None)
-        same(logits, y @ m.out.weight.T + m.out.bias, f"{pool}, padded={padded}")
+        same(logits, y @ m.out.weight.T + m.out.bias, f"{pool}, {name}, padded={padded}")
+
+
+@oracle("head", "token_classification")
+def _() -> None:
+    h = drawn(2, 4, 32)
+    for transform, classes, name in product((True, False), (1, 3), ("gelu", "relu")):
+        fields = {"transform": transform, "classes": classes, "activation": name}
+        m = ready(resolve("head", "token_classification")(**fields).build(Site(width=32), None))
+        y = mapped(name, h @ m.transform.weight.T + m.transform.bias) if transform else h
+        same(m(h, Tokens.blank(4), None), y @ m.out.weight.T + m.out.bias, str(fields))
 
 
 def test_softmax_defaults_are_those_of_the_paper() -> None:

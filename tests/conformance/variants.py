@@ -36,11 +36,20 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("ffn", "geglu"): {"tanh": {"activation": "gelu_tanh", "bias": True, "hidden": 40}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
-    ("embedding", "token"): {"bert": {"types": 2, "norm": "layernorm"}, "scaled": {"scale": True}},
+    ("embedding", "token"): {
+        "bert": {"types": 2, "norm": "layernorm"},
+        "scaled": {"scale": True},
+        "sized": {"size": 12, "types": 2, "norm": "layernorm"},
+    },
     ("embedding", "patch"): {"default": {"image": 8, "patch": 2, "channels": 2}, "bare": {"class_token": False}},
     ("head", "lm"): {"untied": {"tied": False, "bias": True}, "softcap": {"softcap": 5.0, "scale": True}},
     ("head", "mlm"): {"untied": {"tied": False}},
-    ("head", "classification"): {"mean": {"pool": "mean", "classes": 3}, "pooler": {"pool": "last", "pooler": True}},
+    ("head", "classification"): {
+        "mean": {"pool": "mean", "classes": 3},
+        "pooler": {"pool": "last", "pooler": True},
+        "gelu": {"pooler": True, "activation": "gelu"},
+    },
+    ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
 }
 VARIANTS["embedding", "patch"]["bare"] |= {"image": 8, "patch": 2, "channels": 2}
 

@@ -53,6 +53,7 @@ class Site:
         drop_path: rate at which this layer's sublayers are skipped per row (stochastic depth).
         gives: what this layer's attention hands to later ones.
         positions: the stack's registry of position modules; None when a part is used alone.
+        table_width: width of the embedding's vectors; None for that of the stream.
     """
 
     width: int
@@ -68,6 +69,7 @@ class Site:
     residual_spec: ResidualSpec = field(default_factory=lambda: resolve("residual", "pre")())  # type: ignore[assignment]
     position_spec: PositionSpec | None = None
     positions: _Positions | None = None
+    table_width: int | None = None
 
     @property
     def init(self) -> Initialise:

@@ -89,8 +89,15 @@ class TransformerSpec(LayerSpec, ModelSpec):
                     f"head {self.head.kind}: needs a vocabulary, and embedding {self.embedding.kind} "
                     "has none; set vocabulary"
                 )
-            if not self.embedding.of_tokens and getattr(self.head, "tied", False):
+            tied = getattr(self.head, "tied", False)
+            if not self.embedding.of_tokens and tied:
                 raise TorchstoneError(f"head.tied: embedding {self.embedding.kind} has no matrix to tie to")
+            wide = self.embedding.table_width(self.width)
+            if tied and wide != self.width and not self.head.any_table:
+                raise TorchstoneError(
+                    f"head.tied: head {self.head.kind} multiplies vectors of width {self.width}, and those of the "
+                    f"embedding's matrix have {wide}; untie it, or leave embedding.size out"
+                )
         except TorchstoneError as error:
             raise ValueError(str(error)) from None
         return self
@@ -181,6 +188,7 @@ class Transformer(nn.Module):
             linear_spec=spec.linear,
             norm_spec=spec.norm,
             residual_spec=spec.residual,
+            table_width=spec.embedding.table_width(spec.width),
         )
         self.embedding = spec.embedding.build(base, spec.vocabulary)
         self.encoder = self.decoder = None
@@ -257,7 +265,7 @@ class Transformer(nn.Module):
             inputs: ids (B, T), or `Tokens`, or what the embedding takes (pixels).
             memory: for an encoder-decoder: the encoder's inputs, or its output from `encode`. With a state, only
                 the first call needs it.
-            embeddings: (B, T, D) in the place of looked-up vectors.
+            embeddings: (B, T, E) in the place of looked-up vectors, E being their size.
             state: decode state; the inputs are then the tokens after those it holds, padding on the right.
             mask: who may see whom; the default is causal for a decoder. With a state it must be causal.
             taps: values to record or replace.

@@ -1,6 +1,6 @@
 """Embedding: turns tokens, patches, frames or nodes into vectors.
 
-Shapes: B rows, T tokens, D width.
+Shapes: B rows, T tokens, D width, E width of the vectors (D, unless the spec says otherwise).
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class EmbeddingSpec(PartSpec):
     of_tokens: ClassVar[bool] = True
     """Whether its inputs are token ids, so that the model needs a vocabulary."""
 
+    def table_width(self, width: int) -> int:
+        """Width E of its vectors, to which positions are added, in a stream of `width`."""
+        return width
+
     def build(self, site: Site, vocabulary: int | None) -> Embedding:
         """The module."""
         raise NotImplementedError
@@ -37,7 +41,7 @@ class Embedding(nn.Module):
     """What an embedding kind builds."""
 
     def table(self) -> torch.Tensor | None:
-        """The matrix (V, D) that a tied head multiplies with, if there is one."""
+        """The matrix (V, E) that a tied head multiplies with, if there is one."""
         return None
 
     def tokens(self, inputs: Any) -> Tokens:
@@ -56,6 +60,6 @@ class Embedding(nn.Module):
         ctx: Context,
         embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The stream (B, T, D). `added` (B|1, T, D) are position embeddings, added before norm and dropout;
-        `embeddings` (B, T, D) stand in the place of the looked-up vectors."""
+        """The stream (B, T, D). `added` (B|1, T, E) are position embeddings, added before norm and dropout;
+        `embeddings` (B, T, E) stand in the place of the looked-up vectors."""
         raise NotImplementedError

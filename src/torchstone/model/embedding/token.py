@@ -1,4 +1,10 @@
-"""Token embeddings: a vector per id, with the options that published models use."""
+"""Token embeddings: a vector per id, with the options that published models use.
+
+Vectors may be of a size of their own and then projected to the width: the factorised embedding of ALBERT (Lan et al.
+2019, arXiv 1909.11942, section 3.1), with ELECTRA's bias and with positions, types and norm before the projection.
+
+Shapes: B rows, T tokens, D width, E size of the vectors.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +18,11 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.model.context import Context
 from torchstone.model.embedding import Embedding, EmbeddingSpec
+from torchstone.model.linear import Linear
 from torchstone.model.norm import NormSpec
 from torchstone.model.site import Initialise, Site
 from torchstone.model.tokens import Tokens
-from torchstone.spec import Part
+from torchstone.spec import Part, resolve
 
 __all__ = ["TokenEmbedding", "TokenSpec"]
 
@@ -23,12 +30,17 @@ __all__ = ["TokenEmbedding", "TokenSpec"]
 class TokenSpec(EmbeddingSpec):
     """A learned vector per token id, with optional token types, scale and norm."""
 
+    size: int | None = Field(None, ge=1)
+    """Size of the vectors, projected to the width where it differs (ALBERT, ELECTRA); None takes the model's width."""
     types: int = Field(0, ge=0)
     """Number of token types (BERT's segments); 0 has none."""
     scale: bool = False
-    """Multiply vectors by sqrt(width) (Vaswani et al. 2017, section 3.4)."""
+    """Multiply vectors by the square root of their size (Vaswani et al. 2017, section 3.4)."""
     norm: Part[NormSpec] | None = None
     """A norm after everything is added (BERT, BLOOM)."""
+
+    def table_width(self, width: int) -> int:
+        return self.size or width
 
     def build(self, site: Site, vocabulary: int | None) -> Embedding:
         assert vocabulary is not None
@@ -41,10 +53,13 @@ class TokenEmbedding(Embedding):
     def __init__(self, spec: TokenSpec, site: Site, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary, self.dropout, self.init = vocabulary, site.dropout, site.init
-        self.factor = site.width**0.5 if spec.scale else 1.0
-        self.weight = nn.Parameter(torch.empty(vocabulary, site.width))
-        self.types = _Types(spec.types, site.width, site.init) if spec.types else None
-        self.norm = spec.norm.build(site.width) if spec.norm is not None else None
+        E = spec.table_width(site.width)
+        self.factor = E**0.5 if spec.scale else 1.0
+        self.weight = nn.Parameter(torch.empty(vocabulary, E))
+        self.types = _Types(spec.types, E, site.init) if spec.types else None
+        self.norm = spec.norm.build(E) if spec.norm is not None else None
+        dense = resolve("linear", "dense")()
+        self.project = Linear(E, (site.width,), ("up",), True, dense, site.init) if site.width != E else None  # type: ignore[arg-type]
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         self.init(parameter, "embed", generator)
@@ -72,19 +87,21 @@ class TokenEmbedding(Embedding):
     ) -> torch.Tensor:
         if embeddings is None:
             assert tokens.ids is not None
-            x_BTD = F.embedding(tokens.ids, self.weight)
+            x_BTE = F.embedding(tokens.ids, self.weight)
             if self.factor != 1.0:
-                x_BTD = x_BTD * self.factor
+                x_BTE = x_BTE * self.factor
         else:
-            x_BTD = embeddings
+            x_BTE = embeddings
         if added is not None:
-            x_BTD = x_BTD + added.to(x_BTD.dtype)
+            x_BTE = x_BTE + added.to(x_BTE.dtype)
         if self.types is not None:
             segment = torch.zeros_like(tokens.index) if tokens.segment is None else tokens.segment
-            x_BTD = x_BTD + self.types(segment)
+            x_BTE = x_BTE + self.types(segment)
         if self.norm is not None:
-            x_BTD = self.norm(x_BTD)
-        return ctx.drop(ctx.tap("embedding", x_BTD), self.dropout, "embedding")
+            x_BTE = self.norm(x_BTE)
+        if self.project is not None:
+            return ctx.tap("embedding", self.project(ctx.drop(x_BTE, self.dropout, "embedding")))
+        return ctx.drop(ctx.tap("embedding", x_BTE), self.dropout, "embedding")
 
 
 class _Types(nn.Module):

@@ -1,6 +1,6 @@
 """Head: turns the last hidden states into logits.
 
-Shapes: B rows, T tokens, D width, V vocabulary.
+Shapes: B rows, T tokens, D width, V vocabulary, E width of the embedding's vectors (D, unless its spec says otherwise).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class HeadSpec(PartSpec):
     default_kind: ClassVar[str] = "lm"
     over_vocabulary: ClassVar[bool] = False
     """Whether its logits are over the vocabulary."""
+    any_table: ClassVar[bool] = False
+    """Whether, tied, it takes an embedding's matrix of another width than the stream's."""
 
     def build(self, site: Site, vocabulary: int | None) -> Head:
         """The module."""
@@ -37,8 +39,8 @@ class HeadSpec(PartSpec):
 class Head(nn.Module):
     """What a head kind builds."""
 
-    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VD: torch.Tensor | None) -> torch.Tensor:
-        """Logits: (B, T, V) over the vocabulary, or (B, classes)."""
+    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VE: torch.Tensor | None) -> torch.Tensor:
+        """Logits: (B, T, V) over the vocabulary, (B, T, classes) or (B, classes). `table_VE`: the embedding's."""
         raise NotImplementedError
 
 
@@ -60,9 +62,9 @@ class Product:
 class VocabularyHead(Head):
     """A head over the vocabulary, whose weight is its own or the embedding's."""
 
-    def product(self, h: torch.Tensor, table_VD: torch.Tensor | None) -> Product:
+    def product(self, h: torch.Tensor, table_VE: torch.Tensor | None) -> Product:
         """Operands of the product for hidden states (..., D)."""
         raise NotImplementedError
 
-    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VD: torch.Tensor | None) -> torch.Tensor:
-        return self.product(h_BTD, table_VD).logits()
+    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VE: torch.Tensor | None) -> torch.Tensor:
+        return self.product(h_BTD, table_VE).logits()

@@ -1,4 +1,7 @@
-"""A head that gives one set of logits a sequence: pool, optionally transform (BERT's pooler), project."""
+"""A head that gives one set of logits a sequence: pool, optionally transform (BERT's pooler), project.
+
+Published heads differ in the activation of the transform: tanh in BERT and RoBERTa, gelu in ELECTRA.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from torchstone.model.feedforward import ACTIVATIONS, Activation
 from torchstone.model.head import Head, HeadSpec
 from torchstone.model.linear import Linear
 from torchstone.model.site import Site
@@ -24,7 +28,9 @@ class ClassificationSpec(HeadSpec):
     pool: Literal["first", "last", "mean"] = "first"
     """Which hidden state: the first token's, the last valid token's, or the mean over valid tokens."""
     pooler: bool = False
-    """A dense layer and tanh before the projection (BERT)."""
+    """A dense layer and an activation before the projection (BERT)."""
+    activation: Literal["tanh"] | Activation = "tanh"
+    """Activation of the pooler."""
 
     def build(self, site: Site, vocabulary: int | None) -> Head:
         return ClassificationHead(self, site)
@@ -36,11 +42,12 @@ class ClassificationHead(Head):
     def __init__(self, spec: ClassificationSpec, site: Site) -> None:
         super().__init__()
         self.pool = spec.pool
+        self.activation = torch.tanh if spec.activation == "tanh" else ACTIVATIONS[spec.activation]
         dense = resolve("linear", "dense")()
         self.pooler = Linear(site.width, (site.width,), ("up",), True, dense, site.init) if spec.pooler else None  # type: ignore[arg-type]
         self.out = Linear(site.width, (spec.classes,), ("head",), True, dense, site.init)  # type: ignore[arg-type]
 
-    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VD: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, h_BTD: torch.Tensor, tokens: Tokens, table_VE: torch.Tensor | None) -> torch.Tensor:
         B, T, _ = h_BTD.shape
         valid = torch.ones(1, T, dtype=torch.bool, device=h_BTD.device) if tokens.valid is None else tokens.valid
         valid = valid.expand(B, T)
@@ -52,5 +59,5 @@ class ClassificationHead(Head):
             at = torch.where(valid, order, T).amin(1) if self.pool == "first" else torch.where(valid, order, 0).amax(1)
             h_BD = h_BTD[torch.arange(B, device=h_BTD.device), at.clamp(max=T - 1)]
         if self.pooler is not None:
-            h_BD = torch.tanh(self.pooler(h_BD))
+            h_BD = self.activation(self.pooler(h_BD))
         return self.out(h_BD)

@@ -45,9 +45,9 @@ class LMHead(VocabularyHead):
         dense = resolve("linear", "dense")()
         self.out = None if spec.tied else Linear(site.width, (vocabulary,), ("head",), spec.bias, dense, site.init)  # type: ignore[arg-type]
 
-    def product(self, h: torch.Tensor, table_VD: torch.Tensor | None) -> Product:
+    def product(self, h: torch.Tensor, table_VE: torch.Tensor | None) -> Product:
         h = h if self.factor == 1.0 else h * self.factor
         if self.out is not None:
             return Product(h, self.out.weight, self.out.bias, self.softcap)
-        assert table_VD is not None, "a tied head needs an embedding with a table"
-        return Product(h, table_VD, None, self.softcap)
+        assert table_VE is not None, "a tied head needs an embedding with a table"
+        return Product(h, table_VE, None, self.softcap)

@@ -2,7 +2,7 @@
 
     x_BTD, aux = stack(x_BTD, ctx, parts)
 
-Shapes: B rows, T tokens, D width.
+Shapes: B rows, T tokens, D width, E width of the embedding's vectors.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Stack(nn.Module):
         self.norm = last.residual.final_norm(replace(site, norm_spec=last.norm, residual_spec=last.residual))
         self.absolute: str | None = None
         if plans[0].spec.position.gives == "embedding":
-            self.absolute = self.positions.add(plans[0].spec.position, site.width, 1, site.width)
+            wide = site.table_width or site.width
+            self.absolute = self.positions.add(plans[0].spec.position, wide, 1, wide)
         self.recompute = False
 
     @property
@@ -127,7 +128,7 @@ class Stack(nn.Module):
         return min((limit for limit in limits if limit is not None), default=None)
 
     def added(self, where_BT: torch.Tensor) -> torch.Tensor | None:
-        """Position embeddings (B|1, T, D) to add to the input, if the position is of that kind."""
+        """Position embeddings (B|1, T, E) to add to the embedding's vectors, if the position is of that kind."""
         return None if self.absolute is None else self.positions.modules_by_key()[self.absolute].embed(where_BT)
 
     def state_spec(self) -> dict[str, tuple[Slot, ...]]:
