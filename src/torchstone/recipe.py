@@ -153,7 +153,9 @@ class EvaluateSpec(Spec):
     blocks: int | None = Field(128, ge=1)
     """Blocks of the validation split that are looked at, spread evenly; null means all."""
     test: bool = True
-    """Measure the whole test split at the end."""
+    """Measure the test split at the end."""
+    test_blocks: int | None = Field(None, ge=1)
+    """Blocks of the test split that are looked at, spread evenly; null means all."""
 
 
 class Recipe(Spec):

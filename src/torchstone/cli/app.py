@@ -195,6 +195,62 @@ def compare(
         print(f"report: {out / 'report.html'}", file=sys.stderr)
 
 
+@app.command()
+def papers(
+    query: Annotated[str | None, typer.Argument(help="A slug, or words to search for.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List papers and what was found of their claims; with a slug, show one."""
+    from torchstone.papers import find_paper, search_papers, slugs
+    from torchstone.papers._pages import describe, listing
+
+    one = query in slugs()
+    found = [find_paper(query)] if one and query is not None else search_papers(query)
+    if as_json:
+        _print_json([describe(paper) for paper in found])
+    elif one:
+        print(listing(found[0]))
+    else:
+        for paper in found:
+            states = ", ".join(f"{claim['id']}: {claim['state']}" for claim in describe(paper)["claims"])
+            print(f"{paper.slug:<22} {paper.year}  {paper.title}  [{states}]")
+        if not found:
+            print(f"no paper matches {query!r}", file=sys.stderr)
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[str | None, typer.Argument(help="A paper; `torchstone papers` lists them.")] = None,
+    claim: Annotated[str | None, typer.Option("--claim", help="Only this claim.")] = None,
+    scale: Annotated[str, typer.Option(help="quick (no verdict is kept), evidence or gpu.")] = "quick",
+    record: Annotated[bool, typer.Option("--record", help="Write the evidence.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All papers, shortest claims first.")] = False,
+    budget: Annotated[str | None, typer.Option(help="With --all: the time it may take, as in 30m.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where cells, JSON and plot go; can be continued.")] = None,
+    jobs: Annotated[int, typer.Option(help="Cells trained at once.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run the claims of a paper and say for each whether it holds here."""
+    from torchstone.compare.options import one_of, seconds_of
+    from torchstone.errors import TorchstoneError
+    from torchstone.papers._pages import run_all_papers, run_paper, text_of
+
+    size = one_of("--scale", scale, ("quick", "evidence", "gpu"))
+    if every == (slug is not None):
+        raise TorchstoneError("reproduce: needs a paper, or --all")
+    if every:
+        if claim is not None or record:
+            raise TorchstoneError("reproduce: --all takes no --claim and records nothing")
+        reports = run_all_papers(size, None if budget is None else seconds_of(budget), jobs)  # type: ignore[arg-type]
+    else:
+        assert slug is not None
+        reports = [run_paper(slug, claim, size, record, out, jobs)]  # type: ignore[arg-type]
+    if as_json:
+        _print_json(reports if every else reports[0])
+    else:
+        print("\n\n".join(text_of(report) for report in reports))
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or an id on the hub.")],

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +112,7 @@ def _documents(run: Any) -> dict[str, list[float]] | None:
     model = run.model("ema" if recipe.trainer.ema else "last")
     bits = torch.zeros(blocks.documents, dtype=torch.float64)
     count = torch.zeros(blocks.documents, dtype=torch.float64)
-    for batch in blocks.evaluation(recipe.trainer.batch):
+    for batch in blocks.evaluation(recipe.trainer.batch, recipe.evaluate.test_blocks):
         nll_BT = objective.nll(model, batch)
         where = torch.from_numpy(blocks.documents_of(batch["example"].numpy()))
         there = batch["next"] >= 0
@@ -160,7 +162,8 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
         "startup_seconds": startup,
         "seconds_per_block": per_block,
         "valid_blocks": min(valid, spec.blocks or valid),
-        "test_blocks": 2 * test if spec.test else 0,  # once by the engine, once document by document
+        # once by the engine, once document by document
+        "test_blocks": 2 * min(test, spec.test_blocks or test) if spec.test else 0,
         "peak_bytes": _peak() - idle,
         "predicted_bytes": training_memory(resolved).peak,
         "disk_bytes": weights * (1 + 3 * (resolved.trainer.keep_last + 1)),
@@ -180,10 +183,18 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone: somebody may go on with the same cell."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def serve() -> None:
     """Answer requests, one JSON document a line on standard input, until it ends: the worker's side."""
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not mix with answers
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         request: Mapping[str, Any] = json.loads(line)
         try:

@@ -181,9 +181,9 @@ def gate(differences: Sequence[float], margin: float, lower_is_better: bool = Tr
 
     With ``lower_is_better``, an effect of at least m means d < -m. A negative margin is a claim of "not worse by more
     than". Holds if the interval lies wholly beyond the margin, does not hold if wholly on the other side, else it is
-    inconclusive; below three seeds it is inconclusive too.
+    inconclusive; below three seeds, or with a seed that diverged, it is inconclusive too.
     """
-    if len(differences) < LEAST_SEEDS:
+    if len(differences) < LEAST_SEEDS or not np.isfinite(differences).all():
         return "inconclusive"
     span = interval(differences if lower_is_better else [-d for d in differences])
     if span.high < -margin:

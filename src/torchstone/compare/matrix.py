@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from torchstone.files import full_disk, read_json, write_bytes, write_json
 from torchstone.recipe import Recipe, parse_override
 from torchstone.train.environment import choose_device, choose_precision, choose_threads, environment
 
-__all__ = ["Estimate", "Options", "compare_functions", "compare_recipes"]
+__all__ = ["Estimate", "Options", "compare_functions", "compare_recipes", "train_variants"]
 
 _TUNING_SEEDS = 500_000
 """First seed of tuning: no report uses it."""
@@ -91,16 +91,6 @@ class Estimate:
         )
 
 
-@dataclass
-class _Work:
-    """A comparison under way."""
-
-    folder: Path
-    options: Options
-    say: Callable[[str], None]
-    arms: list[Arm] = field(default_factory=list)
-
-
 def compare_recipes(
     variants: Sequence[Variant], out: str | Path, options: Options, say: Callable[[str], None] | None = None
 ) -> Result | Estimate:
@@ -116,8 +106,35 @@ def compare_recipes(
         TorchstoneError: fewer than two variants, two of one name, a variant that cannot be matched or built, a folder
             that holds another comparison or in which one is at work, a budget too small.
     """
-    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     _check(variants, options)
+    made = train_variants(variants, out, options, say)
+    if isinstance(made, Estimate):
+        return made
+    folder, arms, variants = made
+    result = Result(
+        tuple(arms),
+        options.metric or _metric(arms, options),
+        options.seeds,
+        tuple(sorted(options.budgets)),
+        options.margin,
+        _facts(variants, options),
+    )
+    write_json(folder / "results.json", result.to_dict())
+    write_bytes(folder / "report.html", html_page(result).encode())
+    plots(result, folder)
+    return result
+
+
+def train_variants(
+    variants: Sequence[Variant], out: str | Path, options: Options, say: Callable[[str], None] | None = None
+) -> tuple[Path, list[Arm], list[Variant]] | Estimate:
+    """What `compare_recipes` does before it compares; one variant is enough.
+
+    Returns:
+        the folder, the arms with their cells, and the variants as matching and tuning left them; with ``dry_run`` the
+        estimate.
+    """
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     variants = list(variants)
     if options.match in ("parameters", "flops"):
         variants = match(variants, options.match, options.tolerance)
@@ -141,19 +158,7 @@ def compare_recipes(
         tuned: dict[str, dict[str, Any]] = {}
         if options.tune is not None:
             variants, tuned = _tune(folder, variants, options, say)
-        arms = _cells(folder, variants, probes, tuned, options, say)
-        result = Result(
-            tuple(arms),
-            options.metric or _metric(arms, options),
-            options.seeds,
-            tuple(sorted(options.budgets)),
-            options.margin,
-            _facts(variants, options),
-        )
-        write_json(folder / "results.json", result.to_dict())
-        write_bytes(folder / "report.html", html_page(result).encode())
-        plots(result, folder)
-    return result
+        return folder, _cells(folder, variants, probes, tuned, options, say), variants
 
 
 def compare_functions(

@@ -441,7 +441,8 @@ class Trainer:
                 began += time.perf_counter() - paused
             tested = any("test_loss" in row and row["step"] == self.step for row in self.rows)
             if self.evaluate.test and self.source.test is not None and not tested:
-                self._log({"step": self.step, **self.measure_split(self.source.test, "test")}, progress)
+                row = self.measure_split(self.source.test, "test", self.evaluate.test_blocks)
+                self._log({"step": self.step, **row}, progress)
         return self.rows
 
     def _stop_asked(self) -> bool:
