@@ -30,7 +30,10 @@ CONFIG: dict[str, dict[str, Any]] = {
     "t5": {"vocab_size": 13, "d_model": 8, "d_kv": 3, "d_ff": 12, "num_layers": 3, "num_heads": 2},
 }
 CONFIG["qwen3"] = {**CONFIG["llama"], "head_dim": 6}
-CONFIG["bert"] = CONFIG["llama"]
+CONFIG["qwen2"] = CONFIG["bert"] = CONFIG["roberta"] = CONFIG["xlm_roberta"] = CONFIG["llama"]
+CONFIG["mistral"] = {**CONFIG["llama"], "num_key_value_heads": 1}
+CONFIG["electra"] = {**CONFIG["llama"], "embedding_size": 6}
+CONFIG["mt5"] = CONFIG["t5"]
 
 
 def made(model_type: str, **config: Any) -> tuple[Layout, TransformerSpec, Transformer, dict[str, torch.Tensor]]:
@@ -205,6 +208,22 @@ def test_load_state_is_strict_and_changes_nothing_that_it_refuses() -> None:
          "gpt2 config: scale_attn_by_inverse_layer_idx True is not supported; supported: False"),
         ("bert", {"position_embedding_type": "relative_key"},
          "bert config: position_embedding_type 'relative_key' is not supported; supported: 'absolute'"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+         "qwen2 config: layer_types 'chunked_attention' is not supported (did you mean 'full_attention'?); supported: "
+         "full_attention, sliding_attention"),
+        ("mistral", {"rope_scaling": {"type": "longrope"}},
+         "mistral config: rope_type 'longrope' is not supported; supported: default, linear, llama3, yarn"),
+        ("roberta", {"pad_token_id": 0}, "roberta config: pad_token_id 0 is not supported; supported: 1"),
+        ("roberta", {"is_decoder": True}, "roberta config: is_decoder True is not supported; supported: False"),
+        ("xlm_roberta", {"pad_token_id": 2}, "xlm-roberta config: pad_token_id 2 is not supported; supported: 1"),
+        ("electra", {"architectures": ["ElectraForTokenClassification"]},
+         "electra config: architecture 'ElectraForTokenClassification' is not supported (did you mean "
+         "'ElectraForSequenceClassification'?); supported: ElectraForPreTraining, ElectraForMaskedLM, "
+         "ElectraForSequenceClassification"),
+        ("electra", {"position_embedding_type": "relative_key"},
+         "electra config: position_embedding_type 'relative_key' is not supported; supported: 'absolute'"),
+        ("mt5", {"is_encoder_decoder": False},
+         "mt5 config: is_encoder_decoder False is not supported; supported: True"),
         ("t5", {"feed_forward_proj": "gated-relu"},
          "t5 config: feed_forward_proj 'gated-relu' is not supported (did you mean 'gated-gelu'?); supported: gelu, "
          "gelu_new, gelu_pytorch_tanh, relu, relu2, silu, swish, gated-silu, gated-swish, gated-gelu, gated-gelu_new, "
@@ -244,6 +263,28 @@ def test_an_option_that_the_backbone_has_not_is_one_sentence(
         ("gpt2", {"attention": {"kind": "softmax", "heads": 2, "bias": "all", "scale": 0.3}},
          "the gpt2 layout has no place for decoder.layers.0.attention.scale 0.3; it takes 0.5"),
         ("bert", {"head": {"kind": "lm"}}, "the bert layout has no place for head lm; it takes mlm or classification"),
+        ("qwen2", {"attention": {"kind": "softmax", "heads": 2, "bias": "none"}},
+         "the qwen2 layout has no place for decoder.layers.0.attention.bias none; it takes qkv"),
+        ("qwen2", {"layers": [{"at": [1], "attention": {"window": 4}}, {"at": [2], "attention": {"window": 5}}]},
+         "the qwen2 layout has no place for decoder.layers.2.attention.window 5; it takes 4"),
+        ("mistral", {"layers": [{"at": [1], "attention": {"window": 4}}]},
+         "the mistral layout has no place for decoder.layers.1.attention.window 4; it takes 4096"),
+        ("mistral", {"attention": {"kind": "softmax", "heads": 2, "bias": "all"}},
+         "the mistral layout has no place for decoder.layers.0.attention.bias all; it takes none"),
+        ("bert", {"embedding": {"size": 6, "types": 2, "norm": {"kind": "layernorm", "eps": 1e-12}}},
+         "the bert layout has no place for embedding.size 6; it takes 8"),
+        ("bert", {"head": {"kind": "classification", "pooler": True, "activation": "gelu"}},
+         "the bert layout has no place for head.activation gelu; it takes tanh"),
+        ("roberta", {"head": {"kind": "classification", "pooler": False}},
+         "the roberta layout has no place for head.pooler False; it takes True"),
+        ("xlm_roberta", {"head": {"kind": "mlm", "activation": "relu"}},
+         "the xlm-roberta layout has no place for head.activation relu; it takes gelu"),
+        ("electra", {"head": {"kind": "token_classification", "classes": 3, "transform": True}},
+         "the electra layout has no place for head.classes 3; it takes 1"),
+        ("electra", {"head": {"kind": "token_classification", "classes": 1}},
+         "the electra layout has no place for head.transform False; it takes True"),
+        ("mt5", {"head": {"tied": True, "scale": True}},
+         "the mt5 layout has no place for head.scale True; it takes False"),
         ("t5", {"head": {"tied": False, "scale": True}},
          "the t5 layout has no place for head.scale where head.tied is false; it takes a tied head"),
         ("t5", {"ffn": {"kind": "geglu", "hidden": 12}},
@@ -292,7 +333,7 @@ def test_an_unknown_model_type_is_one_sentence_with_the_list() -> None:
     assert str(caught.value) == (
         f"no layout for model_type 'lama' (did you mean 'llama'?); layouts: {', '.join(layouts())}"
     )
-    assert layouts() == sorted(layouts()) and {"bert", "gpt2", "llama", "qwen3", "t5"} <= set(layouts())
+    assert layouts() == sorted(layouts()) and set(layouts()) == set(CONFIG)
 
 
 def test_finding_a_layout_imports_its_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +342,13 @@ def test_finding_a_layout_imports_its_file_alone(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delitem(sys.modules, name)
     find_layout("bert")
     assert {name.removeprefix(home) for name in sys.modules if name.startswith(home)} == {"_shared", "bert"}
+
+
+def test_the_size_of_vectors_may_be_left_to_the_width_or_said() -> None:
+    layout = find_layout("bert")
+    spec = layout.to_spec(CONFIG["bert"])
+    said = {**spec, "embedding": {**spec["embedding"], "size": 8}}
+    assert layout.to_config(validate(TransformerSpec, said)) == layout.to_config(validate(TransformerSpec, spec))
 
 
 def test_no_layout_needs_transformers() -> None:

@@ -25,16 +25,25 @@ transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
 """Largest difference over largest value, in float32. Ten times less than what is promised: a wrong eps shows."""
-PAD = 0
+PAD = {"roberta": 1, "xlm_roberta": 1}
+"""Id of padding, where it is not 0."""
 LENGTHS = (9, 4, 13, 1)
 LAYERS = {
     "llama": "model.layers",
+    "mistral": "model.layers",
+    "qwen2": "model.layers",
     "qwen3": "model.layers",
     "gpt2": "transformer.h",
     "bert": "bert.encoder.layer",
+    "electra": "electra.encoder.layer",
+    "roberta": "roberta.encoder.layer",
+    "xlm_roberta": "roberta.encoder.layer",
     "t5": "decoder.block",
+    "mt5": "decoder.block",
 }
 """Where theirs keeps the layers under the head."""
+ENCODERS = ("bert", "electra", "roberta", "xlm_roberta")
+ENCODER_DECODERS = ("t5", "mt5")
 EMBEDDINGS = ("embeddings", "embed_tokens", "wte", "wpe", "shared")
 
 LLAMA = {
@@ -58,6 +67,8 @@ BERT = {
     "num_attention_heads": 3,
     "max_position_embeddings": 40,
 }
+ELECTRA = {**BERT, "embedding_size": 10}
+MINILM = {**BERT, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 2}
 T5 = {
     "vocab_size": 59,
     "d_model": 36,
@@ -94,6 +105,10 @@ class Case:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_type", self.name.partition("-")[0])
 
+    @property
+    def pad(self) -> int:
+        return PAD.get(self.model_type, 0)
+
 
 CASES = [
     Case("llama-grouped", "LlamaForCausalLM", LLAMA),
@@ -114,6 +129,20 @@ CASES = [
          {**QWEN3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     Case("qwen3-all_windows", "Qwen3ForCausalLM",
          {**QWEN3, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
+    Case("qwen2-grouped", "Qwen2ForCausalLM", LLAMA),
+    Case("qwen2-tied-yarn", "Qwen2ForCausalLM",
+         {**LLAMA, "hidden_size": 128, "tie_word_embeddings": True, "max_position_embeddings": 256} | _yarn()),
+    Case("qwen2-some_windows", "Qwen2ForCausalLM",
+         {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    Case("qwen2-alternating_windows", "Qwen2ForCausalLM",
+         {**LLAMA, "use_sliding_window": True, "sliding_window": 4,
+          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    Case("qwen2-all_windows", "Qwen2ForCausalLM",
+         {**LLAMA, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
+    Case("mistral-window", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
+    Case("mistral-no_window-tied-wide_heads", "MistralForCausalLM",
+         {**LLAMA, "sliding_window": None, "tie_word_embeddings": True, "head_dim": 14}),
+    Case("mistral-window-yarn", "MistralForCausalLM", {**LONG, "sliding_window": 6} | _yarn()),
     Case("gpt2-tied", "GPT2LMHeadModel", GPT2),
     Case("gpt2-untied-unscaled", "GPT2LMHeadModel",
          {**GPT2, "tie_word_embeddings": False, "n_inner": 41, "scale_attn_weights": False,
@@ -122,13 +151,29 @@ CASES = [
     Case("bert-masked_lm-untied", "BertForMaskedLM",
          {**BERT, "tie_word_embeddings": False, "type_vocab_size": 3, "hidden_act": "gelu_new"}),
     Case("bert-classification", "BertForSequenceClassification", {**BERT, "num_labels": 5}),
+    Case("bert-minilm", "BertForMaskedLM", MINILM),
+    Case("roberta-masked_lm", "RobertaForMaskedLM", {**BERT, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    Case("roberta-masked_lm-untied", "RobertaForMaskedLM",
+         {**BERT, "tie_word_embeddings": False, "hidden_act": "gelu_new"}),
+    Case("roberta-classification", "RobertaForSequenceClassification", {**BERT, "type_vocab_size": 1, "num_labels": 3}),
+    Case("xlm_roberta-masked_lm", "XLMRobertaForMaskedLM", {**BERT, "type_vocab_size": 1}),
+    Case("xlm_roberta-classification", "XLMRobertaForSequenceClassification", BERT),
+    Case("electra-discriminator", "ElectraForPreTraining", ELECTRA),
+    Case("electra-discriminator-as_wide-relu", "ElectraForPreTraining",
+         {**BERT, "embedding_size": 36, "hidden_act": "relu"}),
+    Case("electra-generator", "ElectraForMaskedLM", {**ELECTRA, "hidden_act": "gelu_new"}),
+    Case("electra-generator-wider-untied", "ElectraForMaskedLM",
+         {**BERT, "embedding_size": 50, "tie_word_embeddings": False, "type_vocab_size": 3}),
+    Case("electra-classification", "ElectraForSequenceClassification", {**ELECTRA, "num_labels": 4}),
     Case("t5-relu-tied", "T5ForConditionalGeneration", T5),
     Case("t5-gated_gelu-untied", "T5ForConditionalGeneration",
          {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, own_head=True),
     Case("t5-gated_silu-tied-unscaled", "T5ForConditionalGeneration",
          {**T5, "feed_forward_proj": "gated-silu", "tie_word_embeddings": False}),
+    Case("mt5-untied", "MT5ForConditionalGeneration", T5, own_head=True),
+    Case("mt5-gated_silu-tied", "MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-silu"}),
 ]  # fmt: skip
-DECODERS = [case for case in CASES if case.model_type in ("llama", "qwen3", "gpt2")]
+DECODERS = [case for case in CASES if case.model_type not in ENCODERS + ENCODER_DECODERS]
 
 
 @dataclass
@@ -162,11 +207,14 @@ def _pair(case: Case) -> Pair:
     cls = getattr(transformers, case.cls)
     # a copy: transformers writes into the dictionaries that it is given
     config = cls.config_class(**copy.deepcopy(case.config), attn_implementation="eager", bos_token_id=None,
-                              eos_token_id=None, pad_token_id=PAD)  # fmt: skip
+                              eos_token_id=None, pad_token_id=case.pad)  # fmt: skip
     theirs = cls(config).eval()
     if case.own_head:
         theirs.lm_head.weight = nn.Parameter(torch.empty_like(theirs.lm_head.weight))
     _randomise(theirs)
+    if case.model_type in PAD:  # rows of their table that stand for no position
+        with torch.no_grad():
+            theirs.roberta.embeddings.position_embeddings.weight[: case.pad + 1] = 0
     values = {**json.loads(config.to_json_string()), "architectures": [case.cls]}
     layout = find_layout(case.model_type)
     state = theirs.state_dict()
@@ -194,14 +242,14 @@ def cases(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("pair", cases, ids=lambda case: case.name, indirect=True)
 
 
-def padded(vocabulary: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(pair: Pair, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (B, T) and valid (B, T): rows of `LENGTHS`, padded on `side`; the rows are the same for both sides."""
-    T = max(LENGTHS)
-    ids, valid = torch.full((len(LENGTHS), T), PAD), torch.zeros(len(LENGTHS), T, dtype=torch.bool)
+    T, vocabulary = max(LENGTHS), pair.spec.vocabulary or 0
+    ids, valid = torch.full((len(LENGTHS), T), pair.case.pad), torch.zeros(len(LENGTHS), T, dtype=torch.bool)
     for row, length in enumerate(LENGTHS):
         at = slice(T - length, T) if side == "left" else slice(0, length)
         generator = torch.Generator().manual_seed(row)
-        ids[row, at] = torch.randint(1, vocabulary, (length,), generator=generator)
+        ids[row, at] = torch.randint(pair.case.pad + 1, vocabulary, (length,), generator=generator)
         valid[row, at] = True
     return ids, valid
 
@@ -232,15 +280,15 @@ def same_layers(
 @cases(CASES)
 @torch.no_grad()
 def test_hidden_states_after_every_layer_and_logits_agree(pair: Pair, side: str) -> None:
-    ids, valid = padded(pair.spec.vocabulary or 0, side)
+    ids, valid = padded(pair, side)
     taps = Taps(record=["*.embedding", "*.layers.*.x", "*.norm"])
     last: list[torch.Tensor] = []
     hook = pair.theirs.get_submodule(LAYERS[pair.case.model_type])[-1].register_forward_hook(
         lambda _m, _i, out: last.append(out[0] if isinstance(out, tuple) else out)
     )
     arguments: dict[str, Any] = {"attention_mask": valid.long(), "output_hidden_states": True}
-    if pair.case.model_type == "t5":
-        decoded, decoded_valid = padded(pair.spec.vocabulary or 0, "left" if side == "right" else "right")
+    if pair.case.model_type in ENCODER_DECODERS:
+        decoded, decoded_valid = padded(pair, "left" if side == "right" else "right")
         decoded, decoded_valid = decoded.flip(0), decoded_valid.flip(0)
         theirs = pair.theirs(ids, **arguments, decoder_input_ids=decoded, decoder_attention_mask=decoded_valid.long())
         out = pair.ours(Tokens.of(decoded, valid=decoded_valid), memory=Tokens.of(ids, valid=valid), taps=taps)
@@ -249,17 +297,19 @@ def test_hidden_states_after_every_layer_and_logits_agree(pair: Pair, side: str)
         valid, stream = decoded_valid, "decoder"
     else:
         segment = None
-        if pair.case.model_type == "bert":
+        if pair.case.model_type in ENCODERS:
             segment = torch.arange(ids.shape[1]).expand_as(ids) % pair.config["type_vocab_size"]
             arguments["token_type_ids"] = segment
-        theirs = pair.theirs(ids, **arguments, position_ids=their_positions(valid))
+        if pair.case.model_type not in PAD:  # those count no padding by themselves
+            arguments["position_ids"] = their_positions(valid)
+        theirs = pair.theirs(ids, **arguments)
         out = pair.ours(Tokens.of(ids, valid=valid, segment=segment), taps=taps)
         stream = "encoder" if segment is not None else "decoder"
         found = dict(same_layers(taps, stream, theirs.hidden_states, valid))
     hook.remove()
     depth = len(pair.ours.stacks[stream].layers)
     found["last layer"] = difference(taps.seen[f"{stream}.layers.{depth - 1}.x"], last[0], valid)
-    if pair.case.cls == "BertForSequenceClassification" and side == "left":
+    if pair.case.cls.endswith("ForSequenceClassification") and side == "left":
         # theirs pools the first column, padding or not; each row alone has none
         rows = [
             pair.theirs(ids[row][ok][None], token_type_ids=arguments["token_type_ids"][row][ok][None]).logits
@@ -268,30 +318,31 @@ def test_hidden_states_after_every_layer_and_logits_agree(pair: Pair, side: str)
         found["logits"] = difference(out.logits, torch.cat(rows))
     else:
         everywhere = None if out.logits.dim() == 2 else valid
-        found["logits"] = difference(out.logits, theirs.logits, everywhere)
+        wanted = theirs.logits.unsqueeze(-1) if pair.case.cls == "ElectraForPreTraining" else theirs.logits
+        found["logits"] = difference(out.logits, wanted, everywhere)
     assert max(found.values()) < TOLERANCE, found
 
 
 @cases(DECODERS)
 @torch.no_grad()
 def test_greedy_decoding_with_a_cache_equals_generate(pair: Pair) -> None:
-    steps, V = 12, pair.spec.vocabulary or 0
-    left, left_valid = padded(V, "left")
+    steps = 12
+    left, left_valid = padded(pair, "left")
     theirs = pair.theirs.generate(left, attention_mask=left_valid.long(), generation_config=_greedy(steps))
-    right, right_valid = padded(V, "right")
+    right, right_valid = padded(pair, "right")
     state = pair.ours.state(len(LENGTHS), max(LENGTHS) + steps)
     assert torch.equal(
         _decode(pair.ours, Tokens.of(right, valid=right_valid), steps, state), theirs[:, left.shape[1] :]
     )
 
 
-@cases([case for case in CASES if case.model_type == "t5"])
+@cases([case for case in CASES if case.model_type in ENCODER_DECODERS])
 @torch.no_grad()
 def test_greedy_decoding_of_an_encoder_decoder_equals_generate(pair: Pair) -> None:
     steps = 14
-    ids, valid = padded(pair.spec.vocabulary or 0, "right")
+    ids, valid = padded(pair, "right")
     theirs = pair.theirs.generate(ids, attention_mask=valid.long(), generation_config=_greedy(steps))
-    start = torch.full((len(LENGTHS), 1), PAD)
+    start = torch.full((len(LENGTHS), 1), pair.case.pad)
     state = pair.ours.state(len(LENGTHS), steps + 1)
     ours = _decode(pair.ours, Tokens.of(start), steps, state, memory=Tokens.of(ids, valid=valid))
     assert torch.equal(ours, theirs[:, 1:])
@@ -299,7 +350,7 @@ def test_greedy_decoding_of_an_encoder_decoder_equals_generate(pair: Pair) -> No
 
 def _greedy(steps: int) -> Any:
     return transformers.GenerationConfig(
-        max_new_tokens=steps, do_sample=False, pad_token_id=PAD, eos_token_id=None, decoder_start_token_id=PAD
+        max_new_tokens=steps, do_sample=False, pad_token_id=0, eos_token_id=None, decoder_start_token_id=0
     )
 
 
@@ -321,7 +372,7 @@ def test_there_and_back_is_exact(pair: Pair) -> None:
     theirs = pair.layout.to_theirs(ours, pair.spec)
     for name, tensor in theirs.items():
         # untied, theirs keeps a second bias that it never uses
-        unused = name == "cls.predictions.bias"
+        unused = name in ("cls.predictions.bias", "lm_head.bias")
         assert tensor.is_contiguous() and (unused or torch.equal(tensor, pair.state[name])), name
     again = pair.layout.to_ours(theirs, pair.spec)
     assert again.keys() == ours.keys()
@@ -348,9 +399,9 @@ def test_what_is_written_reloads_in_transformers_with_equal_logits(
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     if not pair.case.own_head:  # theirs complains of every published T5 1.1, for it has no config for one
         assert not [line for line in (said.out + said.err).splitlines() if line.startswith("[transformers]")], said
-    ids, valid = padded(pair.spec.vocabulary or 0, "right")
+    ids, valid = padded(pair, "right")
     arguments: dict[str, Any] = {"attention_mask": valid.long()}
-    if pair.case.model_type == "t5":
+    if pair.case.model_type in ENCODER_DECODERS:
         arguments["decoder_input_ids"] = ids.flip(0)
     assert torch.equal(again.eval()(ids, **arguments).logits, pair.theirs(ids, **arguments).logits)
 
@@ -366,10 +417,18 @@ FAULTS = [
     ("llama-yarn_as_deepseek_has_it", {"position": {"scaling": {"truncate": True}}}),
     ("llama-llama3", {"position": {"scaling": {"low": 1.1}}}),
     ("qwen3-some_windows", {"layers": [{"at": [2, 3], "attention": {"window": 6}}]}),
+    ("qwen2-some_windows", {"layers": [{"at": [1], "attention": {"window": 6}}]}),
+    ("mistral-window", {"attention": {"window": 4}}),
     ("gpt2-tied", {"ffn": {"activation": "gelu"}}),
     ("bert-masked_lm", {"ffn": {"activation": "gelu_tanh"}}),
     ("bert-masked_lm", {"head": {"activation": "gelu_tanh"}}),
     ("bert-masked_lm", {"embedding": {"norm": {"eps": 1e-5}}}),
+    ("roberta-classification", {"head": {"activation": "gelu"}}),
+    ("electra-classification", {"head": {"activation": "gelu_tanh"}}),
+    ("electra-discriminator", {"head": {"activation": "gelu_tanh"}}),
+    ("electra-generator", {"head": {"activation": "gelu_tanh"}}),
+    ("electra-generator", {"embedding": {"norm": {"eps": 1e-5}}}),
+    ("mt5-untied", {"ffn": {"activation": "gelu"}}),
     ("t5-relu-tied", {"head": {"scale": False}}),
     ("t5-relu-tied", {"attention": {"scale": None}}),
     ("t5-relu-tied", {"position": {"far": 11}}),
@@ -387,10 +446,11 @@ def test_a_planted_fault_is_seen(pair: Pair, fault: dict[str, Any]) -> None:
     spec = validate(TransformerSpec, merge(_plain(pair.spec), fault, TransformerSpec))
     faulty = spec.build().eval()
     load_state(faulty, dict(pair.ours.named_parameters()))
-    ids, valid = padded(pair.spec.vocabulary or 0, "right")
+    ids, valid = padded(pair, "right")
     tokens = Tokens.of(ids, valid=valid)
-    memory = tokens if pair.case.model_type == "t5" else None
-    off = difference(faulty(tokens, memory=memory).logits, pair.ours(tokens, memory=memory).logits, valid)
+    memory = tokens if pair.case.model_type in ENCODER_DECODERS else None
+    wrong, right = faulty(tokens, memory=memory).logits, pair.ours(tokens, memory=memory).logits
+    off = difference(wrong, right, None if right.dim() == 2 else valid)
     assert off > 2 * TOLERANCE
 
 
@@ -447,3 +507,29 @@ def test_a_published_t5_config_says_by_tying_whether_states_are_scaled() -> None
     layout = find_layout("t5")
     assert layout.to_spec(T5)["head"] == {"kind": "lm", "tied": True, "scale": True}
     assert layout.to_spec({**T5, "tie_word_embeddings": False})["head"] == {"kind": "lm", "tied": False, "scale": False}
+
+
+@torch.no_grad()
+def test_rows_of_a_roberta_table_that_stand_for_no_position_are_not_read_and_are_written_as_zeros() -> None:
+    pair = _pair(next(case for case in CASES if case.name == "roberta-masked_lm"))
+    name, ours = "roberta.embeddings.position_embeddings.weight", "encoder.positions.learned.weight"
+    state = {**pair.state, name: pair.state[name].clone()}
+    state[name][:2] = torch.nan
+    read = pair.layout.to_ours(state, pair.spec)
+    assert torch.equal(read[ours], state[name][2:]) and pair.spec.context == 38
+    written = pair.layout.to_theirs(read, pair.spec)[name]
+    assert torch.equal(written[2:], state[name][2:]) and not written[:2].any()
+    assert pair.layout.to_config(pair.spec)["max_position_embeddings"] == 40
+
+
+def test_a_mistral_config_without_the_key_has_the_window_of_the_first_version() -> None:
+    layout = find_layout("mistral")
+    assert layout.to_spec(LLAMA)["attention"]["window"] == 4096
+    assert layout.to_spec({**LLAMA, "sliding_window": None})["attention"]["window"] is None
+
+
+def test_a_published_mt5_config_is_untied_and_the_tensors_decide_where_it_says_otherwise() -> None:
+    layout, says_tied = find_layout("mt5"), {**T5, "tie_word_embeddings": True}
+    one, two = {"shared.weight": (59, 36)}, {"shared.weight": (59, 36), "lm_head.weight": (59, 36)}
+    assert not layout.to_spec({**T5, "tie_word_embeddings": False})["head"]["tied"]
+    assert layout.to_spec(says_tied, one)["head"]["tied"] and not layout.to_spec(says_tied, two)["head"]["tied"]

@@ -229,6 +229,7 @@ class Model:
         spec = self.spec
         top = {name: getattr(spec, name) for name in ("vocabulary", "width", "causal")}
         parts = {name: getattr(spec, name).dump() for name in ("embedding", "head", "stack")}
+        parts["embedding"] |= {"size": spec.embedding.table_width(spec.width)}
         sides = {name: [layer.dump() for layer in getattr(self, name)] for name in ("encoder", "decoder")}
         return dict(_flat({**top, "context": self.context, **parts, **sides}))
 

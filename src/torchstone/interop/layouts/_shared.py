@@ -1,4 +1,4 @@
-"""What several layouts spell alike: activations, gates, rotary positions."""
+"""What several layouts spell alike: activations, gates, rotary positions, windows, classes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchstone.errors import TorchstoneError
-from torchstone.interop.layout import Config
+from torchstone.interop.layout import Config, Model
 
-__all__ = ["ACTIVATIONS", "GATES", "activation_name", "gate_name", "rotary", "rotary_config"]
+__all__ = [
+    "ACTIVATIONS",
+    "GATES",
+    "activation_name",
+    "class_names",
+    "classes",
+    "gate_name",
+    "rotary",
+    "rotary_config",
+    "windows_config",
+    "with_windows",
+]
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -150,3 +161,54 @@ def rotary_config(position: Any) -> dict[str, Any]:
         "rope_theta": position.base,
         "rope_scaling": own or None,
     }
+
+
+def with_windows(spec: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The spec of a decoder, some or all of whose layers have the config's `sliding_window`."""
+    at = _windowed(config)
+    if at and len(at) == spec["depth"]:
+        return {**spec, "attention": {**spec["attention"], "window": config.need("sliding_window")}}
+    return {**spec, "layers": [{"at": at, "attention": {"window": config.need("sliding_window")}}]} if at else spec
+
+
+def _windowed(config: Config) -> list[int]:
+    """Numbers of the layers with a window: listed, or before version 4.50 all from `max_window_layers` on.
+
+    Raises:
+        TorchstoneError: a layer of another type.
+    """
+    depth = config.need("num_hidden_layers")
+    windowed = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    first = config.get("max_window_layers", 28) if windowed else depth
+    default = ["full_attention"] * min(first, depth) + ["sliding_attention"] * max(0, depth - first)
+    kinds = config.get("layer_types", default)
+    for kind in kinds:
+        Config(config.model_type, {"layer_types": kind}).choose(
+            "layer_types", {"full_attention": 0, "sliding_attention": 0}, kind
+        )
+    return [number for number, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+def windows_config(model: Model) -> dict[str, Any]:
+    """The config of a decoder's windows."""
+    attentions: list[Any] = [layer.attention for layer in model.decoder]
+    windows = [attention.window for attention in attentions if attention.window is not None]
+    return {
+        "use_sliding_window": bool(windows),
+        "sliding_window": windows[0] if windows else None,
+        # from here on; readers that know `layer_types` go by those
+        "max_window_layers": next((i for i, attention in enumerate(attentions) if attention.window), len(attentions)),
+        "layer_types": ["sliding_attention" if attention.window else "full_attention" for attention in attentions],
+    }
+
+
+def classes(config: Config) -> int:
+    """The number of classes, which a config.json gives by naming them; two without names."""
+    names = config.get("id2label", None)
+    return config.get("num_labels", 2) if names is None else len(names)
+
+
+def class_names(number: int) -> dict[str, Any]:
+    """The config of so many classes."""
+    names = {str(label): f"LABEL_{label}" for label in range(number)}
+    return {"id2label": names, "label2id": {name: int(label) for label, name in names.items()}}

@@ -84,7 +84,6 @@ def body_config(model: Model) -> dict[str, Any]:
         "hidden_act": gate_name(layer.ffn),
         "max_position_embeddings": model.context,
         "rms_norm_eps": layer.norm.eps,
-        "attention_bias": layer.attention.bias == "all",
         "attention_dropout": layer.attention.dropout,
         "initializer_range": layer.residual.std,
         "tie_word_embeddings": head.tied,
@@ -106,7 +105,7 @@ def _config(model: Model) -> dict[str, Any]:
             f"the llama layout has no place for width {model.spec.width}, which {layer.attention.heads} heads do not "
             "divide; it takes a multiple, whatever the head_dim"
         )
-    return {**body_config(model), "mlp_bias": layer.ffn.bias}
+    return {**body_config(model), "attention_bias": layer.attention.bias == "all", "mlp_bias": layer.ffn.bias}
 
 
 LAYOUT = Layout(

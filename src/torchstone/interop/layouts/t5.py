@@ -3,7 +3,8 @@
 Version 1.0 has relu and one matrix for embedding and head, before which hidden states are scaled by 1 / sqrt(width);
 version 1.1 has gated tanh-gelu and a head of its own, not scaled. A published config says only whether the matrix is
 tied. Configs of transformers 5 always say that it is, and say in `scale_decoder_outputs` whether states are scaled;
-whether the head is tied is then seen from the tensors.
+whether the head is tied is then seen from the tensors. `body`, `body_config`, `RULES`, `HEADS`, `COPIES`, `SKIPPED` and
+`KINDS` serve mT5 too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.interop.layout import Config, Copy, Layout, Model, Rule, Shapes
 from torchstone.interop.layouts._shared import ACTIVATIONS, GATES, activation_name
 
-__all__ = ["LAYOUT"]
+__all__ = ["COPIES", "HEADS", "KINDS", "LAYOUT", "RULES", "SKIPPED", "body", "body_config"]
 
 
 def _sublayers(side: str, ffn: int) -> tuple[Rule, ...]:
@@ -54,6 +55,16 @@ RULES = (
     Rule("decoder.layers.{i}.cross.out.weight", "decoder.block.{i}.layer.1.EncDecAttention.o.weight"),
 )
 
+HEADS = {"lm": (Rule("head.out.weight", "lm_head.weight"),)}
+COPIES = (
+    Copy("encoder.embed_tokens.weight", of="shared.weight"),
+    Copy("decoder.embed_tokens.weight", of="shared.weight"),
+    Copy("lm_head.weight", of="shared.weight"),
+)
+# an embedding that early checkpoints hold and no version ever used
+SKIPPED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+KINDS = {"position": ("t5",), "ffn": ("mlp", "swiglu", "geglu"), "residual": ("pre",), "norm": ("rmsnorm",)}
+
 _FFN: dict[str, dict[str, Any]] = {
     **{name: {"kind": "mlp", "activation": ours} for name, ours in ACTIVATIONS.items()},
     **{f"gated-{name}": gate for name, gate in GATES.items()},
@@ -61,11 +72,9 @@ _FFN: dict[str, dict[str, Any]] = {
 }
 
 
-def _spec(config: Config, head: str, shapes: Shapes | None) -> dict[str, Any]:
+def body(config: Config, ffn: str, head: dict[str, Any]) -> dict[str, Any]:
+    """The spec of an encoder-decoder of this family under a head; `ffn` is used where the config names none."""
     config.only("is_encoder_decoder", True)
-    says_tied = config.get("tie_word_embeddings", True)
-    scale = config.get("scale_decoder_outputs", says_tied)
-    own_matrix = not scale and shapes is not None and "lm_head.weight" in shapes
     dropout = config.get("dropout_rate", 0.1)
     encoder = config.need("num_layers")
     return {
@@ -85,22 +94,19 @@ def _spec(config: Config, head: str, shapes: Shapes | None) -> dict[str, Any]:
             "buckets": config.get("relative_attention_num_buckets", 32),
             "far": config.get("relative_attention_max_distance", 128),
         },
-        "ffn": {**config.choose("feed_forward_proj", _FFN, "relu"), "hidden": config.need("d_ff")},
+        "ffn": {**config.choose("feed_forward_proj", _FFN, ffn), "hidden": config.need("d_ff")},
         "residual": {"kind": "pre"},
         "norm": {"kind": "rmsnorm", "eps": config.get("layer_norm_epsilon", 1e-6)},
         "dropout": dropout,
-        "head": {"kind": "lm", "tied": says_tied and not own_matrix, "scale": scale},
+        "head": head,
     }
 
 
-def _config(model: Model) -> dict[str, Any]:
+def body_config(model: Model) -> dict[str, Any]:
+    """The config of an encoder-decoder of this family."""
     layer: Any = model.decoder[0]
     head: Any = model.spec.head
     ffn = layer.ffn
-    if head.scale and not head.tied:
-        raise TorchstoneError(
-            "the t5 layout has no place for head.scale where head.tied is false; it takes a tied head"
-        )
     gated = {"swiglu": "gated-silu", "geglu": "gated-gelu"}
     return {
         "vocab_size": model.spec.vocabulary,
@@ -117,25 +123,35 @@ def _config(model: Model) -> dict[str, Any]:
         "feed_forward_proj": gated.get(ffn.kind) or activation_name(ffn.activation),
         "is_encoder_decoder": True,
         "tie_word_embeddings": head.tied,
-        "scale_decoder_outputs": head.scale,
     }
+
+
+def _spec(config: Config, head: str, shapes: Shapes | None) -> dict[str, Any]:
+    says_tied = config.get("tie_word_embeddings", True)
+    scale = config.get("scale_decoder_outputs", says_tied)
+    own_matrix = not scale and shapes is not None and "lm_head.weight" in shapes
+    return body(config, "relu", {"kind": "lm", "tied": says_tied and not own_matrix, "scale": scale})
+
+
+def _config(model: Model) -> dict[str, Any]:
+    head: Any = model.spec.head
+    if head.scale and not head.tied:
+        raise TorchstoneError(
+            "the t5 layout has no place for head.scale where head.tied is false; it takes a tied head"
+        )
+    return {**body_config(model), "scale_decoder_outputs": head.scale}
 
 
 LAYOUT = Layout(
     model_type="t5",
     sides=("encoder", "decoder"),
     architectures={"T5ForConditionalGeneration": "lm", "T5WithLMHeadModel": "lm"},
-    kinds={"position": ("t5",), "ffn": ("mlp", "swiglu", "geglu"), "residual": ("pre",), "norm": ("rmsnorm",)},
+    kinds=KINDS,
     spec=_spec,
     config=_config,
     rules=RULES,
-    heads={"lm": (Rule("head.out.weight", "lm_head.weight"),)},
-    copies=(
-        Copy("encoder.embed_tokens.weight", of="shared.weight"),
-        Copy("decoder.embed_tokens.weight", of="shared.weight"),
-        Copy("lm_head.weight", of="shared.weight"),
-    ),
-    # an embedding that early checkpoints hold and no version ever used
-    skipped=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    heads=HEADS,
+    copies=COPIES,
+    skipped=SKIPPED,
     free=frozenset({"context"}),
 )
