@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from torchstone.interop.layout import Layout, find_layout, load_state
+from torchstone.interop.layout import Layout, Model, find_layout, load_state
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer, TransformerSpec
@@ -533,3 +533,40 @@ def test_a_published_mt5_config_is_untied_and_the_tensors_decide_where_it_says_o
     one, two = {"shared.weight": (59, 36)}, {"shared.weight": (59, 36), "lm_head.weight": (59, 36)}
     assert not layout.to_spec({**T5, "tie_word_embeddings": False})["head"]["tied"]
     assert layout.to_spec(says_tied, one)["head"]["tied"] and not layout.to_spec(says_tied, two)["head"]["tied"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cls", "least"),
+    [
+        ("llama", "LlamaConfig", LLAMA),
+        ("mistral", "MistralConfig", LLAMA),
+        ("qwen2", "Qwen2Config", LLAMA),
+        ("qwen3", "Qwen3Config", LLAMA),
+        ("gpt2", "GPT2Config", GPT2),
+        ("bert", "BertConfig", BERT),
+        ("electra", "ElectraConfig", BERT),
+        ("roberta", "RobertaConfig", BERT),
+        ("xlm_roberta", "XLMRobertaConfig", BERT),
+        ("t5", "T5Config", T5),
+        ("mt5", "MT5Config", T5),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_their_code_assumes(model_type: str, cls: str, least: dict[str, Any]) -> None:
+    optional = {"num_key_value_heads", "rms_norm_eps", "num_decoder_layers"}
+    optional |= {"relative_attention_num_buckets", "relative_attention_max_distance"}
+    least = {name: value for name, value in least.items() if name not in optional}
+    if model_type.startswith("qwen"):  # 32 key/value heads, whatever the heads: no published config leaves it out
+        least["num_key_value_heads"] = 2
+    if model_type == "mistral":  # 8 of them
+        least |= {"num_attention_heads": 16, "hidden_size": 64}
+    full = json.loads(getattr(transformers, cls)(**copy.deepcopy(least)).to_json_string())
+    if model_type == "mt5":  # transformers 5 says of all that they are tied, and of published ones it is not true
+        full["tie_word_embeddings"] = False
+    layout = find_layout(model_type)
+    assert _meant(layout, least) == _meant(layout, full)
+
+
+def _meant(layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
+    spec = validate(TransformerSpec, layout.to_spec(config))
+    with torch.device("meta"):
+        return Model.of(spec, spec.build()).facts()
