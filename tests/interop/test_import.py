@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,30 @@ def test_a_model_without_a_published_layout_goes_out_as_our_own_and_comes_back(t
     for name, value in run.model().state_dict().items():
         assert torch.equal(again.model().state_dict()[name], value), name
     assert isinstance(again, RunFolder) and again.tokenizer().hash == run.tokenizer().hash
+
+
+AUTO = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "torchstone.interop.hf" in sys.modules
+with torch.no_grad():
+    torch.save(model(torch.arange(24).view(2, 12) * 7 % 250).logits, sys.argv[2])
+"""
+
+
+def test_our_own_form_loads_through_auto_map_without_an_import_of_ours(tmp_path: Path) -> None:
+    run = train(tiny.recipe(tmp_path, model={"position": "alibi"}), out=tmp_path / "run", quiet=True)
+    export_run(run, tmp_path / "out", dtype="fp32")
+    made = subprocess.run(
+        [sys.executable, "-c", AUTO, str(tmp_path / "out"), str(tmp_path / "logits.pt")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    with torch.no_grad():
+        ours = run.model()(torch.arange(24).view(2, 12) * 7 % 250).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours)
 
 
 def adapted(tmp_path: Path, source: Path) -> RunFolder:

@@ -7,6 +7,7 @@ and memory is measured from a clean start.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -198,6 +199,8 @@ def serve() -> None:
     for line in sys.stdin:
         request: Mapping[str, Any] = json.loads(line)
         try:
+            for module in request["imports"]:
+                importlib.import_module(module)
             recipe = load_recipe(request["recipe"])
             if request["do"] == "probe":
                 answer = probe(recipe)

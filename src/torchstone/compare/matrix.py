@@ -58,6 +58,7 @@ class Options:
         budgets: factors on the steps, each a comparison of its own.
         metric: None takes what the recipe's data call for.
         dry_run: only say what it would cost.
+        imports: modules that workers import first, for kinds that no file of their family holds.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -71,6 +72,7 @@ class Options:
     budgets: tuple[float, ...] = (1.0,)
     metric: Metric | None = None
     dry_run: bool = False
+    imports: tuple[str, ...] = ()
 
 
 @dataclass
@@ -144,7 +146,7 @@ def train_variants(
         _claim(folder, variants, options)
         for description in dict.fromkeys(_prepare(variant.recipe) for variant in variants):
             say(description)
-        probes = _probes(folder, variants, say)
+        probes = _probes(folder, variants, options.imports, say)
         if options.match == "wall":
             variants = _same_time(variants, probes)
         estimate = _estimate(variants, probes, options)
@@ -288,7 +290,9 @@ def _prepare(recipe: Recipe) -> str:
     return str(prepared.description)
 
 
-def _probes(folder: Path, variants: Sequence[Variant], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _probes(
+    folder: Path, variants: Sequence[Variant], imports: Sequence[str], say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
     """What each variant costs, each in a process of its own with nothing beside it."""
     found: dict[str, dict[str, Any]] = {}
     todo = []
@@ -301,7 +305,7 @@ def _probes(folder: Path, variants: Sequence[Variant], say: Callable[[str], None
             todo.append(variant)
     if todo:
         say(f"probing {len(todo)} variants")
-    requests = [{"do": "probe", "recipe": variant.recipe.dump()} for variant in todo]
+    requests = [{"do": "probe", "imports": list(imports), "recipe": variant.recipe.dump()} for variant in todo]
     for number, answer in run_all(requests, fresh=True):
         variant = todo[number]
         if answer.get("status") == "refused":
@@ -417,6 +421,7 @@ def _run(
     requests = [
         {
             "do": "train",
+            "imports": list(options.imports),
             "recipe": wanted[number][1].dump(),
             "folder": str(wanted[number][2].resolve()),
             "documents": documents,

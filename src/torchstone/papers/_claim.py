@@ -123,7 +123,8 @@ class Setting:
 class Arms:
     """Arms of a comparison: a recipe, patches on it by name, the metric, and what each scale spends.
 
-    Arms in `shifted` are trained under other seeds than the rest: a null arm is the reference drawn anew.
+    Arms in `shifted` are trained under other seeds than the rest: a null arm is the reference drawn anew. `imports`
+    names modules that define kinds of a claim's own: defects for sabotage arms.
     """
 
     recipe: Mapping[str, Any]
@@ -131,6 +132,7 @@ class Arms:
     settings: Mapping[str, Setting]
     metric: str = "test_bits_per_byte"
     shifted: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _train(
 ) -> tuple[Arm, ...]:
     recipe = _with(arms.recipe, setting.patch)
     variants = [from_patch(name, recipe, dict(arms.patches[name])) for name in names]
-    options = Options(seeds=seeds, jobs=jobs, tune=setting.tune)
+    options = Options(seeds=seeds, jobs=jobs, tune=setting.tune, imports=arms.imports)
     made = train_variants(variants, out, options, say)
     assert not isinstance(made, Estimate)
     return tuple(made[1])
