@@ -1,0 +1,59 @@
+"""Presets: the published sizes of known models, by name.
+
+    presets()                    # ["bert-base-cased", ..., "xlm-roberta-large"]
+    preset("llama-3.2-1b")       # its TransformerSpec, no file and no network needed
+
+`presets.json` has what their config.json says of the model; their layout makes the spec of it, as `import` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.resources
+import json
+from typing import TYPE_CHECKING, Any
+
+from torchstone.errors import TorchstoneError, nearest
+
+if TYPE_CHECKING:
+    from torchstone.model.transformer import TransformerSpec
+
+__all__ = ["preset", "preset_config", "presets"]
+
+
+@functools.cache
+def _configs() -> dict[str, dict[str, Any]]:
+    text = (importlib.resources.files("torchstone.interop") / "presets.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def presets() -> list[str]:
+    """Names of the presets, sorted."""
+    return sorted(_configs())
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """What the published config.json of a preset says of the model.
+
+    Raises:
+        TorchstoneError: there is no preset of that name.
+    """
+    if name not in _configs():
+        near = nearest(name.lower(), _configs())
+        raise TorchstoneError(f"no preset {name!r}{near or '; presets: ' + ', '.join(presets())}")
+    return copy.deepcopy(_configs()[name])
+
+
+def preset(name: str) -> TransformerSpec:
+    """The spec of a preset, with the head that it was published with.
+
+    Raises:
+        TorchstoneError: there is no preset of that name.
+    """
+    from torchstone.interop.layout import find_layout
+    from torchstone.model.transformer import TransformerSpec
+    from torchstone.spec import validate
+
+    config = preset_config(name)
+    return validate(TransformerSpec, find_layout(config["model_type"]).to_spec(config))

@@ -1,0 +1,168 @@
+"""Presets have the sizes that were published: those of transformers' own models of the same configs, tensor by tensor,
+and the counts that their authors and model cards state."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchstone.errors import TorchstoneError
+from torchstone.interop.layout import find_layout, layouts
+from torchstone.interop.presets import preset, preset_config, presets
+from torchstone.model.transformer import Transformer
+
+PUBLISHED = {
+    # with the embedding counted once where it is tied
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "distilgpt2": 81_912_576,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
+    "mt5-small": 300_176_768,
+    "mt5-base": 582_401_280,
+    "mt5-large": 1_229_581_312,
+    "mt5-xl": 3_742_619_648,
+    "mt5-xxl": 12_921_057_280,
+    # encoders without a head, with the pooler that all but ELECTRA's have
+    "bert-base-uncased": 109_482_240,
+    "bert-large-uncased": 335_141_888,
+    "bert-base-cased": 108_310_272,
+    "bert-base-multilingual-cased": 177_853_440,
+    "minilm-l12-h384-uncased": 33_360_000,
+    "multilingual-minilm-l12-h384": 117_653_760,
+    "roberta-base": 124_645_632,
+    "roberta-large": 355_359_744,
+    "distilroberta-base": 82_118_400,
+    "xlm-roberta-base": 278_043_648,
+    "xlm-roberta-large": 559_890_432,
+    "electra-small-discriminator": 13_483_008,
+    "electra-base-discriminator": 108_891_648,
+    "electra-large-discriminator": 334_092_288,
+    "electra-base-generator": 33_511_168,
+    "electra-large-generator": 50_999_552,
+}
+
+
+def built(name: str) -> Transformer:
+    with torch.device("meta"):
+        return preset(name).build()
+
+
+def layers(name: str) -> int:
+    config = preset_config(name)
+    return next(config[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if key in config)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if layers(name) > 36 else []) for name in presets()]
+)
+def test_the_tensors_are_those_of_transformers_own_model(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config: dict[str, Any] = preset_config(name)
+    layout, model = find_layout(config["model_type"]), built(name)
+    architecture = config.pop("architectures", [next(iter(layout.architectures))])[0]
+    kind = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        theirs = getattr(transformers, architecture)(kind)
+        if not config.get("tie_word_embeddings", True) and hasattr(theirs, "lm_head"):
+            # transformers 5 gives every T5 one matrix, also those that were published with two
+            theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.clone())
+    ours = {name: tuple(tensor.shape) for name, tensor in layout.write(model.spec, model.get_parameter)}
+    known = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert ours.items() <= known.items()
+    copies = sum(model.spec.vocabulary or 0 for copy in layout.copies if copy.written and copy.name in ours)
+    total = sum(torch.Size(shape).numel() for shape in ours.values()) - copies
+    assert total == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_count_is_the_published_one(name: str) -> None:
+    model, kind = built(name), preset_config(name)["model_type"]
+    D = model.spec.width
+    body = sum(parameter.numel() for path, parameter in model.named_parameters() if not path.startswith("head."))
+    pooler = D * D + D if kind in ("bert", "roberta", "xlm-roberta") else 0
+    unused = 2 * D if kind in ("roberta", "xlm-roberta") else 0  # rows of positions that none has
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert (body + pooler + unused if model.encoder and not model.decoder else whole) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_what_was_published_is_written_again(name: str) -> None:
+    config = preset_config(name)
+    written = find_layout(config["model_type"]).to_config(preset(name))
+    assert {key: written.get(key, "nothing") for key in config} == config
+
+
+def test_every_layout_has_presets() -> None:
+    assert {preset_config(name)["model_type"].replace("-", "_") for name in presets()} == set(layouts())
+
+
+def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:
+    with pytest.raises(TorchstoneError) as caught:
+        preset("gpt2-lrge")
+    assert str(caught.value) == "no preset 'gpt2-lrge' (did you mean 'gpt2-large'?)"
+    with pytest.raises(TorchstoneError) as caught:
+        preset("Llama-3.1-8B")
+    assert str(caught.value) == "no preset 'Llama-3.1-8B' (did you mean 'llama-3.1-8b'?)"
+    with pytest.raises(TorchstoneError) as caught:
+        preset("?")
+    assert str(caught.value) == f"no preset '?'; presets: {', '.join(presets())}"
+
+
+def test_a_config_can_be_changed_without_changing_the_preset() -> None:
+    config = preset_config("llama-3.1-8b")
+    config["hidden_size"] = 1
+    config["rope_scaling"]["factor"] = 1.0
+    assert preset("llama-3.1-8b").width == 4096
+    assert preset_config("llama-3.1-8b")["rope_scaling"]["factor"] == 8.0
+
+
+def test_listing_them_needs_no_torch() -> None:
+    code = "import sys; from torchstone.interop.presets import presets; assert presets(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
