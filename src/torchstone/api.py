@@ -137,13 +137,17 @@ def build(
 
     ``build(SoftmaxSpec(heads=4), width=64, position="rotary")`` is a part for somebody else's model, from (B, T, D) to
     (B, T, D); ``build({"width": 64, "vocabulary": 256})`` is a whole model; ``build("ffn.swiglu", width=64)`` names a
-    kind, and `more` sets its fields.
+    kind, and `more` sets its fields; ``build("gpt2")`` is a published size with random weights.
 
     Raises:
         TorchstoneError: unknown kind or field, or sizes that do not go together.
     """
     from torchstone.model.alone import alone
 
+    if isinstance(spec, str) and _is_preset(spec):
+        from torchstone.interop.presets import preset
+
+        spec = preset(spec)
     if isinstance(spec, str):
         family, _, kind = spec.partition(".")
         cls = resolve(family, kind)
@@ -254,10 +258,10 @@ def compare(
 def inspect(
     what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Counts of a recipe or a run, on the meta device: parameters, state, arithmetic, memory to train.
+    """Counts of a recipe, a run or a preset, on the meta device: parameters, state, arithmetic, memory to train.
 
     Raises:
-        TorchstoneError: neither a run nor a recipe.
+        TorchstoneError: neither a run nor a recipe nor a preset.
     """
     recipe = _recipe_of(what, overrides)
     spec = recipe.model
@@ -272,17 +276,35 @@ def inspect(
     return {"model": spec.kind, **asdict(counts), "training_bytes": {**asdict(memory), "peak": memory.peak}}
 
 
+def _is_preset(name: str) -> bool:
+    """Whether this is the name of a published size, and of no recipe or file."""
+    from torchstone.interop.presets import presets
+    from torchstone.recipe import builtin_recipes
+
+    return name in presets() and name not in builtin_recipes() and not Path(name).exists()
+
+
 def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
     if isinstance(what, str | Path) and Path(what).is_dir():
         recipe = RunFolder(what).require().recipe
         return load_recipe(recipe.dump(), overrides)
     if isinstance(what, Recipe):
         recipe = what.adapted()
+    elif isinstance(what, str) and _is_preset(what):
+        from torchstone.interop.presets import preset
+
+        spec = preset(what)
+        document = {"model": spec.dump(), "data": {"kind": "text", "block": min(spec.context or 1024, 1024)}}
+        if spec.head.kind == "mlm":
+            document["objective"] = {"kind": "masked_lm"}
+        recipe = load_recipe(document, overrides)
     else:
         recipe = load_recipe(what, overrides, start=lambda run: RunFolder(run).start())
     patch: dict[str, Any] = {}
     if getattr(recipe.model, "vocabulary", 0) is None:
-        size = getattr(getattr(recipe.data, "tokenizer", None), "size", lambda: None)()
+        size = getattr(recipe.data, "vocabulary", None)
+        if size is None:
+            size = getattr(getattr(recipe.data, "tokenizer", None), "size", lambda: None)()
         if size is None:
             raise TorchstoneError("model.vocabulary: is not known before the tokenizer is; set it")
         patch["vocabulary"] = size

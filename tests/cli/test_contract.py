@@ -195,3 +195,12 @@ def test_commands_change_nothing_that_they_only_read(cli: Cli, home: Path) -> No
     for command in (["inspect", home / "run"], ["generate", home / "run", "--prompt", "a", "--max-new-tokens", "1"]):
         assert cli(*command).status == 0
     assert tiny.listing(home / "run") == before
+
+
+def test_inspect_takes_the_name_of_a_published_size(cli: Cli) -> None:
+    said = cli("inspect", "gpt2", "--json")
+    counts = json.loads(said.out)
+    assert counts["parameters"] == 124_439_808  # as published
+    assert counts["active_parameters"] == 124_439_808 - 1024 * 768  # the tied matrix once, positions not
+    assert counts["state_bytes_per_token"] == 2 * 12 * 768 * 4
+    assert cli("inspect", "gpt3", "--json").status == 2

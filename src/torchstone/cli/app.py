@@ -348,7 +348,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    what: Annotated[str, typer.Argument(help="A built-in recipe, a YAML file or a run directory.")],
+    what: Annotated[str, typer.Argument(help="A built-in recipe, a YAML file, a run directory or a preset (gpt2).")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
