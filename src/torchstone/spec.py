@@ -375,7 +375,8 @@ def _merge_part(
         cls = resolve(family, kind)
     except (TorchstoneError, AttributeError):  # validation says it in one sentence
         return {**old, **patch}
-    if "kind" in old and old["kind"] != kind:
+    before = old.get("kind", getattr(family_root(family), "default_kind", None))
+    if old and before is not None and before != kind:
         roots = cls.root_fields()
         kept = {name: value for name, value in old.items() if name in roots}
         dropped = [f"{name}={old[name]!r}" for name in old if name not in roots and name != "kind"]
@@ -383,7 +384,7 @@ def _merge_part(
         rest = [name for name in cls.model_fields if name not in kept and name not in given]
         if changes is not None:
             changes.lines.append(
-                f"{path}: kind {old['kind']} -> {kind}; carried {', '.join(kept) or 'nothing'}; "
+                f"{path}: kind {before} -> {kind}; carried {', '.join(kept) or 'nothing'}; "
                 f"dropped {', '.join(dropped) or 'nothing'}; defaults for {', '.join(rest) or 'nothing'}"
             )
         old = kept
