@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torchstone.spec import PartSpec, kinds
-
-if TYPE_CHECKING:
-    from torchstone.data.prepare import Prepared
 
 __all__ = ["DataSpec"]
 
 
 class DataSpec(PartSpec):
-    """What a model is trained on. `text` is packed text; domains add formats of their own.
+    """What a model is trained on: packed text, a synthetic task; domains add formats of their own.
 
-    ``data: ./my_files`` is short for a `text` corpus of that path, ``data: records.jsonl`` for a `jsonl` corpus, and
-    ``data: stdlib`` for that corpus (unless a file of that name exists).
+    ``data: ./my_files`` is short for a `text` corpus of that path, ``data: records.jsonl`` for a `jsonl` corpus,
+    ``data: stdlib`` for that corpus and ``data: recall`` for that kind (unless a file of that name exists).
     """
 
     family: ClassVar[str] = "data"
@@ -26,10 +23,15 @@ class DataSpec(PartSpec):
 
     @classmethod
     def short(cls, value: str) -> dict[str, Any]:
-        if value in kinds("corpus") and not os.path.exists(value):
-            return {"kind": "text", "corpus": {"kind": value}}
+        if not os.path.exists(value):
+            if value in kinds("corpus"):
+                return {"kind": "text", "corpus": {"kind": value}}
+            if value in kinds("data"):
+                return {"kind": value}
         return {"kind": "text", "corpus": {"kind": "jsonl" if value.endswith(".jsonl") else "text", "path": value}}
 
-    def prepare(self, progress: Callable[[str], None] | None = None) -> Prepared:
-        """The splits, ready to train on, made once and cached."""
+    def prepare(self, progress: Callable[[str], None] | None = None) -> Any:
+        """The splits, ready to train on: `train`, `valid`, `test`, `description`, `hash` and `tokenizer` as in
+        `torchstone.data.Prepared`; `tokenizer` is None where the ids are no text.
+        """
         raise NotImplementedError

@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import full_disk
 from torchstone.keys import Key
 from torchstone.model.site import parameter_name
-from torchstone.objectives import Batch, Objective
+from torchstone.objectives import Batch, Objective, tokens_of
 from torchstone.recipe import EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
 from torchstone.train.checkpoint import Checkpoint
 from torchstone.train.environment import autocast
@@ -33,7 +33,10 @@ from torchstone.train.optimizers import named_parameters, set_factor
 from torchstone.train.progress import Progress
 from torchstone.train.run import RunFolder, load_weights
 
-__all__ = ["Source", "Split", "Stopped", "Trainer"]
+__all__ = ["ScoredSplit", "Source", "Split", "Stopped", "Trainer"]
+
+_LOGITS = 1 << 23
+"""Logits that exist at once while a split is scored."""
 
 
 class Split(Protocol):
@@ -50,6 +53,15 @@ class Split(Protocol):
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches in order."""
+        ...
+
+
+@runtime_checkable
+class ScoredSplit(Split, Protocol):
+    """A split that has metrics of its own, of a model's likeliest tokens."""
+
+    def score(self, predicted_BT: torch.Tensor, batch: Batch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Metrics by name, each a sum and its count. `predicted_BT` is -1 where the batch has no target."""
         ...
 
 
@@ -279,11 +291,13 @@ class Trainer:
 
     @torch.no_grad()
     def measure_split(self, split: Split, prefix: str, limit: int | None = None) -> dict[str, Any]:
-        """Loss (and bits per byte, where the objective codes text) over a split, with the averaged weights if kept."""
+        """Loss (and bits per byte, where the objective codes text; and the split's own metrics) over a split, with the
+        averaged weights if kept."""
         self._mode(training=False)
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         weights: dict[str, tuple[str, float]] = {}
+        scores: dict[str, torch.Tensor] = {}
         with self._averaged():
             for number, batch in enumerate(split.evaluation(self.spec.batch, limit)):
                 # every rank looks at the first batch, so that all know the terms, and the first rank counts it
@@ -298,6 +312,9 @@ class Trainer:
                     weights[name] = term.over, term.weight
                 for name, count in self.objective.counts(batch).items():
                     counts[name] = counts.get(name, 0) + share * count.to(self._wide)
+                if isinstance(split, ScoredSplit):
+                    for name, pair in split.score(self._predicted(batch), batch).items():
+                        scores[name] = scores.get(name, 0) + share * torch.stack(pair).to(self._wide)
         self._mode(training=True)
         if not totals:
             return {}
@@ -308,7 +325,23 @@ class Trainer:
         if self.objective.codes and split.bytes:
             # every token but the first is a target
             row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
+        if scores:
+            pairs = self.mesh.sum(torch.stack(list(scores.values())).cpu())
+            shares = (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist()
+            row |= {f"{prefix}_{name}": value for name, value in zip(scores, shares, strict=True)}
         return row
+
+    def _predicted(self, batch: Batch) -> torch.Tensor:
+        """The likeliest next token where there is a target (B, T), -1 elsewhere, without holding all logits."""
+        where_BT = batch["next"] >= 0
+        with autocast(self.device, self.spec):
+            out = self.model(tokens_of(batch), outputs="none")
+            product = self.model.vocabulary_head().product(out.hidden[where_BT], self.model.embedding.table())  # type: ignore[operator, union-attr]
+            rows = max(1, _LOGITS // product.weight.shape[0])
+            best = [replace(product, h=h_ND).logits().argmax(-1) for h_ND in product.h.split(rows)]
+        predicted_BT = torch.full_like(batch["next"], -1)
+        predicted_BT[where_BT] = torch.cat(best)
+        return predicted_BT
 
     def _mode(self, training: bool) -> None:
         self.model.train(training)

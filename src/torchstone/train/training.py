@@ -252,16 +252,18 @@ def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Rec
     patch: dict[str, Any] = {"trainer": {"threads": threads, "precision": precision}}
     if isinstance(recipe.model, TransformerSpec):
         model: dict[str, Any] = {}
-        if recipe.model.vocabulary is None and prepared.tokenizer is not None:
-            model["vocabulary"] = prepared.tokenizer.vocabulary
+        tokenizer = prepared.tokenizer
+        # data without text have a vocabulary of their own
+        size = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
+        if recipe.model.vocabulary is None and size is not None:
+            model["vocabulary"] = size
         if recipe.model.context is None:
             model["context"] = recipe.data.block  # type: ignore[attr-defined]
         patch["model"] = model
         vocabulary = recipe.model.vocabulary
-        if vocabulary is not None and prepared.tokenizer is not None and vocabulary < prepared.tokenizer.vocabulary:
-            raise TorchstoneError(
-                f"model.vocabulary: {vocabulary} is fewer than the tokenizer's {prepared.tokenizer.vocabulary}"
-            )
+        if vocabulary is not None and size is not None and vocabulary < size:
+            whose = f"data {recipe.data.kind}" if tokenizer is None else "the tokenizer"
+            raise TorchstoneError(f"model.vocabulary: {vocabulary} is fewer than {whose}'s {size}")
     return recipe.override(patch)
 
 
