@@ -306,6 +306,19 @@ def test_a_worker_that_dies_is_replaced_once_and_takes_only_its_own_cell(
     assert found[4]["status"] == "died" and "died twice (status 3)" in found[4]["reason"]
 
 
+@pytest.mark.slow
+def test_cells_on_a_ray_cluster_give_the_same_numbers(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    made = from_axes(recipe, ["model.position=rotary,alibi"])
+    found = {}
+    for ray in (False, True):
+        options = Options(seeds=(0, 1), ray=ray)
+        result = compare_recipes(made, tmp_path / str(ray), options, lambda text: None)
+        assert isinstance(result, Result)
+        found[ray] = [arm.values("test_bits_per_byte", 1.0) for arm in result.arms]
+    assert found[True] == found[False] and len(found[True][0]) == 2
+
+
 def test_leaving_a_comparison_stops_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = (
         "import sys, time, json\nfor line in sys.stdin:\n    time.sleep(json.loads(line)['s']); print('{}', flush=True)"

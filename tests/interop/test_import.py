@@ -85,6 +85,18 @@ def test_names_of_classes_come_along_and_go_out_again(tmp_path: Path) -> None:
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "bad", 1: "fair", 2: "good"}
 
 
+def test_a_special_token_that_the_layout_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 66}
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**sizes))
+    run = import_run(save(tmp_path / "hf", model), tmp_path / "run")
+    settings = run.path / "generation_config.json"
+    settings.write_text(json.dumps({**run.generation_settings(), "pad_token_id": 0}))
+    with pytest.raises(TorchstoneError, match="the roberta layout has no place for pad_token_id 0; it takes 1"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_goes_on_from_an_imported_run(tmp_path: Path) -> None:
     run = import_run(save(tmp_path / "hf", llama()), tmp_path / "run")
     recipe = {**tiny.recipe(tmp_path), "init_from": str(run.path)}

@@ -145,6 +145,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Seeds of every variant.")] = 5,
     variants: Annotated[Path | None, typer.Option("--variants", help="YAML: name -> fields, instead of axes.")] = None,
     jobs: Annotated[int, typer.Option(help="Cells trained at once.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Train cells on a Ray cluster (extra dist).")] = False,
     match: Annotated[str, typer.Option(help="none, parameters, flops or wall.")] = "none",
     match_tolerance: Annotated[float, typer.Option(help="Difference of size that may stay.")] = 0.01,
     tune: Annotated[str | None, typer.Option(help="FIELD=A,B,C: a grid for every variant, on other seeds.")] = None,
@@ -181,6 +182,7 @@ def compare(
         budgets=numbers_of("--budgets", budgets),
         metric=None if metric is None else Metric(metric, not higher_is_better),
         dry_run=dry_run,
+        ray=ray,
     )
     result = compare_recipes(made, out, options)
     if isinstance(result, Estimate):

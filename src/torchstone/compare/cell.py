@@ -24,7 +24,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import read_json, write_json
 from torchstone.recipe import Recipe, load_recipe
 
-__all__ = ["RESULT", "finished", "probe", "run_cell", "serve"]
+__all__ = ["RESULT", "answer", "finished", "probe", "run_cell", "serve"]
 
 RESULT = "result.json"
 _PROBE_STEPS = 5
@@ -191,28 +191,30 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what a request asks; a sentence instead of an error that a cell may have."""
+    try:
+        for module in request["imports"]:
+            importlib.import_module(module)
+        recipe = load_recipe(request["recipe"])
+        if request["do"] == "probe":
+            return probe(recipe)
+        return run_cell(recipe, Path(request["folder"]), request["documents"])
+    except TorchstoneError as error:
+        return {"status": "refused", "reason": str(error)}
+    except MemoryError:
+        return {"status": "memory", "reason": "out of memory"}
+    except RuntimeError as error:
+        short = str(error).splitlines()[0] if str(error) else type(error).__name__
+        full = "out of memory" in str(error) or "can't allocate" in str(error)
+        return {"status": "memory" if full else "failed", "reason": short[:300]}
+
+
 def serve() -> None:
     """Answer requests, one JSON document a line on standard input, until it ends: the worker's side."""
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not mix with answers
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
-        request: Mapping[str, Any] = json.loads(line)
-        try:
-            for module in request["imports"]:
-                importlib.import_module(module)
-            recipe = load_recipe(request["recipe"])
-            if request["do"] == "probe":
-                answer = probe(recipe)
-            else:
-                answer = run_cell(recipe, Path(request["folder"]), request["documents"])
-        except TorchstoneError as error:
-            answer = {"status": "refused", "reason": str(error)}
-        except MemoryError:
-            answer = {"status": "memory", "reason": "out of memory"}
-        except RuntimeError as error:
-            short = str(error).splitlines()[0] if str(error) else type(error).__name__
-            what = "memory" if "out of memory" in str(error) or "can't allocate" in str(error) else "failed"
-            answer = {"status": what, "reason": short[:300]}
-        out.write(json.dumps(answer) + "\n")
+        out.write(json.dumps(answer(json.loads(line))) + "\n")
         out.flush()

@@ -26,7 +26,7 @@ import torch
 from torchstone.compare.cell import finished
 from torchstone.compare.decide import LEAST_SEEDS
 from torchstone.compare.match import Match, match
-from torchstone.compare.pool import run_all
+from torchstone.compare.pool import run_all, run_on_ray
 from torchstone.compare.report import html_page, plots
 from torchstone.compare.result import Arm, Metric, Result
 from torchstone.compare.variants import Variant
@@ -59,6 +59,7 @@ class Options:
         metric: None takes what the recipe's data call for.
         dry_run: only say what it would cost.
         imports: modules that workers import first, for kinds that no file of their family holds.
+        ray: whether cells are tasks of a Ray cluster instead of processes here.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -73,6 +74,7 @@ class Options:
     metric: Metric | None = None
     dry_run: bool = False
     imports: tuple[str, ...] = ()
+    ray: bool = False
 
 
 @dataclass
@@ -428,9 +430,14 @@ def _run(
         }
         for number in todo
     ]
-    devices = [str(i) for i in range(torch.cuda.device_count())] if options.jobs > 1 else []
+    if options.ray and requests:
+        accelerated = choose_device(wanted[0][1].trainer.device).type == "cuda"
+        answers = run_on_ray(requests, wanted[0][1].trainer.threads or 1, int(accelerated))
+    else:
+        devices = [str(i) for i in range(torch.cuda.device_count())] if options.jobs > 1 else []
+        answers = run_all(requests, options.jobs, devices=devices)
     began = time.perf_counter()
-    for count, (position, answer) in enumerate(run_all(requests, options.jobs, devices=devices), 1):
+    for count, (position, answer) in enumerate(answers, 1):
         number = todo[position]
         name, recipe, _ = wanted[number]
         answer.setdefault("seed", recipe.trainer.seed)

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["Answer", "run_all"]
+from torchstone.errors import TorchstoneError
+
+__all__ = ["Answer", "run_all", "run_on_ray"]
 
 Answer = dict[str, Any]
 
@@ -118,3 +120,40 @@ def run_all(
             worker.process.terminate()  # a cell under way writes a checkpoint and leaves
         for thread in threads:
             thread.join(timeout=60)
+
+
+def run_on_ray(requests: Sequence[Mapping[str, Any]], threads: int, gpus: int = 0) -> Iterator[tuple[int, Answer]]:
+    """As `run_all`, by tasks of a Ray cluster (the one that RAY_ADDRESS names, else this machine), whose nodes must see
+    the comparison's folder.
+
+    Args:
+        requests: for `torchstone.compare.cell`.
+        threads: processor cores that a cell takes.
+        gpus: accelerators that a cell takes.
+
+    Raises:
+        TorchstoneError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise TorchstoneError("compare: --ray needs the extra `dist`: pip install 'torchstone[dist]'") from None
+    from torchstone.compare.cell import answer
+
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(log_to_driver=False, configure_logging=False)
+    try:
+        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=1)(answer)
+        waiting = {task.remote(dict(request)): number for number, request in enumerate(requests)}
+        while waiting:
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting.pop(ready)
+            try:
+                yield number, ray.get(ready)
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[0][:300]
+                yield number, {"status": "died", "reason": f"its task failed twice ({reason})"}
+    finally:
+        if mine:
+            ray.shutdown()

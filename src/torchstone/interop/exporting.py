@@ -34,6 +34,8 @@ __all__ = ["DTYPES", "export_run", "fitting_layout"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARD = 5 * 10**9
 """Bytes of a file of weights, as the hub's own tools cut them."""
+_COMMON = ("llama", "gpt2", "bert", "t5")
+"""Layouts that are tried before the others: those that most tools read."""
 _AUTO = "modeling_torchstone"
 _CODE = '''"""Makes this checkpoint loadable by its Auto class; needs `pip install torchstone`."""
 
@@ -87,6 +89,11 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
         write = lambda work: _write_own(work, run, plain, get, kept)  # noqa: E731
     else:
         config = layout.to_config(plain)
+        for name, wanted in _special(run).items():
+            if config.get(name) not in (None, wanted):
+                raise TorchstoneError(
+                    f"the {layout.model_type} layout has no place for {name} {wanted}; it takes {config[name]}"
+                )
         write = lambda work: _write_layout(work, run, layout, plain, config, get, kept)  # noqa: E731
     work = target.with_name(f".{target.name}.{os.getpid()}.export")
     try:
@@ -103,7 +110,8 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
 def fitting_layout(spec: TransformerSpec, first: str | None = None) -> Layout | None:
     """The published layout that has a place for everything in `spec`, `first` before the others; None if none has."""
     names = layouts()
-    for name in ([first] if first in names else []) + [name for name in names if name != first]:
+    order = dict.fromkeys([first, *_COMMON, *names])
+    for name in (name for name in order if name in names):
         layout = find_layout(str(name))
         try:
             layout.to_config(spec)

@@ -48,6 +48,8 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
     idle = sum(int(getattr(module, "inactive_parameters", 0)) for module in model.modules())
     embedding = getattr(model, "embedding", None)
     inputs = sum(p.numel() for p in embedding.parameters()) if embedding is not None else 0
+    if isinstance(project := getattr(embedding, "project", None), nn.Module):
+        inputs -= sum(p.numel() for p in project.parameters())  # a product like any other, not a table
     for stack in getattr(model, "stacks", {}).values():
         if stack.absolute is not None:
             inputs += sum(p.numel() for p in stack.positions[stack.absolute].parameters())
