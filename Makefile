@@ -4,7 +4,7 @@ STEPS =
 # Two worker processes with one thread each use two cores better than one process with two threads.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-all lint types layers check golden bench clean
+.PHONY: help run test test-all lint types layers check golden papers evidence-check bench clean
 
 help:
 	@echo 'make run [STEPS=20]  set up, train a small model on real text, show its learning curve, write text with it'
@@ -15,6 +15,8 @@ help:
 	@echo 'make layers          check which package imports which'
 	@echo 'make check           lint, types and layers'
 	@echo 'make golden          write the golden losses anew'
+	@echo 'make papers          write the pages and the table of papers from their evidence'
+	@echo 'make evidence-check  run drawn pieces of evidence again and compare (CELLS=2)'
 	@echo 'make bench           measure speed beside other libraries'
 	@echo 'make clean           remove build files and caches; .venv and runs stay'
 
@@ -48,6 +50,15 @@ check: lint types layers
 golden:
 	@sh scripts/setup.sh test
 	TORCHSTONE_GOLDEN=write OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/golden
+
+papers:
+	@sh scripts/setup.sh test
+	.venv/bin/python scripts/papers_pages.py
+
+CELLS = 2
+evidence-check:
+	@sh scripts/setup.sh test
+	.venv/bin/python scripts/evidence_check.py --cells $(CELLS) --draw $$(git rev-list --count HEAD 2>/dev/null || echo 0)
 
 bench:
 	@sh scripts/setup.sh test

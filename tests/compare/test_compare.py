@@ -220,6 +220,16 @@ def test_matching_sets_the_feed_forward_width_alone(recipe: dict[str, Any]) -> N
         match(from_axes(small, ["model.depth=2,3"]), "parameters")
 
 
+def test_matching_knows_the_vocabulary_that_the_data_decide(recipe: dict[str, Any], tmp_path: Path) -> None:
+    model = {"width": 64, "depth": 1, "ffn": {"kind": "mlp", "hidden": 256}}
+    made = from_axes({**recipe, "model": model}, ["model.ffn.kind=mlp,swiglu"])
+    options = Options(seeds=(0,), match="flops", dry_run=True)
+    found = compare_recipes(made, tmp_path / "out", options, lambda text: None)
+    assert isinstance(found, Estimate)
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["swiglu"]["model"]
+    assert kept["vocabulary"] == 259 and kept["ffn"]["hidden"] == 171
+
+
 @pytest.mark.slow
 def test_tuning_takes_the_best_of_one_grid_on_seeds_of_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
     result = torchstone.compare(
@@ -256,6 +266,18 @@ def test_several_budgets_show_the_trend_of_the_gap(recipe: dict[str, Any], tmp_p
     assert math.isclose(trend.per_doubling.mean, trend.gaps[2.0].mean - trend.gaps[1.0].mean, rel_tol=1e-9)
     assert "per doubling" in result.table
     assert {cell["steps"] for cell in result.arms[0].cells[2.0].values()} == {8}
+
+
+@pytest.mark.slow
+def test_adaptations_of_one_run_are_compared(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from torchstone.train import train
+
+    base = train(recipe, out=tmp_path / "base", quiet=True)
+    start = {name: value for name, value in recipe.items() if name != "model"} | {"init_from": str(base.path)}
+    arms = ["adapt={kind: lora, rank: 1},{kind: lora, rank: 4}"]
+    result = torchstone.compare(arms, 2, recipe=start, out=tmp_path / "out", quiet=True)
+    sizes = [arm.probe["parameters"] for arm in result.arms]
+    assert sizes[1] == 4 * sizes[0] and all(len(arm.values("test_bits_per_byte", 1.0)) == 2 for arm in result.arms)
 
 
 # ------------------------------------------------------------------------------------------------------------ functions

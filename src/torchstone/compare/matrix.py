@@ -35,7 +35,7 @@ from torchstone.files import full_disk, read_json, write_bytes, write_json
 from torchstone.recipe import Recipe, parse_override
 from torchstone.train.environment import choose_device, choose_precision, choose_threads, environment
 
-__all__ = ["Estimate", "Options", "compare_functions", "compare_recipes", "train_variants"]
+__all__ = ["Estimate", "Options", "compare_functions", "compare_recipes", "settled", "train_variants"]
 
 _TUNING_SEEDS = 500_000
 """First seed of tuning: no report uses it."""
@@ -141,8 +141,8 @@ def train_variants(
     say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     variants = list(variants)
     if options.match in ("parameters", "flops"):
-        variants = match(variants, options.match, options.tolerance)
-    variants = [replace(v, recipe=_settled(v.recipe)) for v in variants]
+        variants = match([replace(v, recipe=_sized(v.recipe)) for v in variants], options.match, options.tolerance)
+    variants = [replace(v, recipe=settled(v.recipe)) for v in variants]
     folder = Path(out)
     with _locked(folder):
         _claim(folder, variants, options)
@@ -223,7 +223,7 @@ def _check(variants: Sequence[Variant], options: Options) -> None:
         raise TorchstoneError("compare: --budgets are factors above zero")
 
 
-def _settled(recipe: Recipe) -> Recipe:
+def settled(recipe: Recipe) -> Recipe:
     """The recipe with what it leaves to the machine filled in, so that every cell has the same; tested at the end."""
     trainer = recipe.trainer
     device = choose_device(trainer.device)
@@ -234,6 +234,19 @@ def _settled(recipe: Recipe) -> Recipe:
         "tensorboard": False,
     }
     return recipe.override({"trainer": patch, "evaluate": {"test": True}})
+
+
+def _sized(recipe: Recipe) -> Recipe:
+    """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
+    model: Any = recipe.model
+    if getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
+        return recipe
+    prepared: Any = recipe.data.prepare()
+    tokenizer = getattr(prepared, "tokenizer", None)
+    known = tokenizer.vocabulary if tokenizer is not None else getattr(recipe.data, "vocabulary", None)
+    sizes = {"vocabulary": known, "context": getattr(recipe.data, "block", None)}
+    patch = {name: value for name, value in sizes.items() if getattr(model, name) is None and value is not None}
+    return recipe.override({"model": patch})
 
 
 @contextmanager

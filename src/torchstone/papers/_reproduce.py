@@ -24,9 +24,10 @@ from torchstone.compare.matrix import train_variants
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json, write_json
 from torchstone.papers._claim import Arms, Claim, Effect, Paper, Scale, Setting, decide_claim
+from torchstone.recipe import Recipe, parse_override
 from torchstone.spec import FAMILIES, kinds, resolve
 
-__all__ = ["EVIDENCE", "Outcome", "evidence_of", "read_evidence", "record", "run_claim", "stale", "status"]
+__all__ = ["EVIDENCE", "Outcome", "evidence_of", "read_evidence", "recipe_of", "record", "run_claim", "stale", "status"]
 
 EVIDENCE = Path(__file__).parent / "evidence"
 """A JSON file a paper, written by `record` alone."""
@@ -176,6 +177,16 @@ def _train(
     made = train_variants(variants, out, options, say)
     assert not isinstance(made, Estimate)
     return tuple(made[1])
+
+
+def recipe_of(claim: Claim, scale: Scale, arm: str, tuned: Mapping[str, Any] | None) -> Recipe:
+    """The recipe of an arm at a scale, at the value that tuning chose."""
+    assert claim.arms is not None
+    body = _with(claim.arms.recipe, claim.arms.settings[scale].patch)
+    for module in claim.arms.imports:
+        importlib.import_module(module)
+    recipe = from_patch(arm, body, dict(claim.arms.patches[arm])).recipe
+    return recipe if tuned is None else recipe.override(parse_override(f"{tuned['field']}={tuned['choice']!r}"))
 
 
 def _with(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
