@@ -149,14 +149,26 @@ def text_of(report: dict[str, Any]) -> str:
         ]
         lines += [f"  here: {name} = {value:.4g}" for name, value in claim["measured"].items()]
         for gate in claim["gates"]:
-            bounds = " to ".join(f"{gate[name]:g}" for name in ("low", "high") if name in gate)
-            limit = f"margin {gate['margin']:g}" if "margin" in gate else f"must lie within {bounds}"
+            limit = _limit(gate)
             controls = "".join(f"; {arm} (control): {answer}" for arm, answer in gate.get("controls", {}).items())
             lines.append(f"  gate {gate['gate']}: {gate['answer']} ({limit}){controls}")
         seeds = claim["seeds"]
         shown = f"seeds {seeds[0]} to {seeds[-1]}, " if seeds else ""
         lines.append(f"  {shown}{claim['seconds']:.0f} s")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text of a table's cell in Markdown."""
+    return text.replace("|", "\\|")
+
+
+def _limit(gate: dict[str, Any]) -> str:
+    """What a gate asks, in words."""
+    if "margin" in gate:
+        return f"margin {gate['margin']:g}"
+    words = {"low": "at least", "high": "at most"}
+    return ", ".join(f"{word} {gate[name]:g}" for name, word in words.items() if name in gate)
 
 
 def _plot(outcome: Outcome) -> bytes | None:
@@ -201,13 +213,12 @@ def page(paper: Paper) -> str:
             continue
         _, gates = evidence_of(claim, found)
         lines += ["| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in found["numbers"].items()]
+        lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in found["numbers"].items()]
         lines += ["", "| gate | answer | limit | controls |", "|---|---|---|---|"]
         for gate in gates:
-            bounds = " to ".join(f"{gate[name]:g}" for name in ("low", "high") if name in gate)
-            limit = f"margin {gate['margin']:g}" if "margin" in gate else bounds
+            limit = _limit(gate)
             controls = ", ".join(f"{arm}: {answer}" for arm, answer in gate.get("controls", {}).items()) or "-"
-            lines.append(f"| {gate['gate']} | {gate['answer']} | {limit} | {controls} |")
+            lines.append(f"| {_cell(gate['gate'])} | {gate['answer']} | {limit} | {controls} |")
         seeds = sorted({cell["seed"] for cell in found["cells"] if not cell.get("shifted")})
         cost = f"{found['seconds']:.0f} s, torch {found['machine']['torch']}"
         lines += ["", (f"Seeds {seeds[0]} to {seeds[-1]}; " if seeds else "") + cost + ".", ""]
