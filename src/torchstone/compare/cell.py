@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
     from torchstone.train.training import make_trainer
 
     began = time.perf_counter()
-    idle = _peak()
+    idle = _forget_peak()
     # cost does not depend on the learning rate, and one at which a recipe diverges must not stop the probe
     trainer, resolved = make_trainer(recipe.override({"optimizer": {"lr": 1e-12}}))
     startup = time.perf_counter() - began
@@ -175,13 +176,34 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
     }
 
 
+def _forget_peak() -> int:
+    """Begin to measure the peak anew; what is held now, in bytes (on an accelerator: of its memory)."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of what was imported does not count
+        return _resident("VmRSS")
+    return _peak()
+
+
 def _peak() -> int:
-    """Largest resident size of this process so far, in bytes (on an accelerator: of its memory)."""
+    """The most that was held since then."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        return _resident("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _resident(name: str) -> int:
+    """A size from Linux' account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _leave_with(parent: int) -> None:
