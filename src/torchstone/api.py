@@ -205,7 +205,7 @@ def compare(
         budget: seconds that all may take; steps are cut, never seeds.
         budgets: factors on the steps: one comparison each, and the trend of the gap.
         metric: name of the number compared; by default bits per byte, or what a task measures.
-        higher_is_better: direction of `metric`.
+        higher_is_better: direction of `metric`; accuracies have theirs.
         dry_run: only estimate the cost.
         quiet: no progress on stderr.
 
@@ -218,7 +218,7 @@ def compare(
     from torchstone.compare import Metric, Options, compare_functions, compare_recipes, from_axes, from_patch
 
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
-    number = None if metric is None else Metric(metric, not higher_is_better)
+    number = None if metric is None else Metric.of(metric, higher_is_better)
     if isinstance(variants, Mapping):
         functions = {name: value for name, value in variants.items() if callable(value)}
         if functions:

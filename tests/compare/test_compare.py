@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 import torchstone
-from torchstone.compare import Options, Result, compare_functions, compare_recipes, from_axes, from_file
+from torchstone.compare import Metric, Options, Result, compare_functions, compare_recipes, from_axes, from_file
 from torchstone.compare.match import inner_parameters, match
 from torchstone.compare.matrix import Estimate, _locked
 from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
@@ -314,6 +314,55 @@ for line in sys.stdin:
         os._exit(3)
     print(json.dumps({"status": "done", "number": request["number"]}), flush=True)
 """
+
+
+def test_order_of_seeds_does_not_matter_and_directions_of_accuracies_are_known(tmp_path: Path) -> None:
+    functions = {"a": lambda seed: {"accuracy": seed / 100}, "b": lambda seed: {"accuracy": 0.5 + seed / 99}}
+    result = torchstone.compare(functions, [2, 0, 1], metric="accuracy")
+    assert result.verdicts()["b"].word == "better" and result.seeds == (0, 1, 2)
+    assert result.plot(tmp_path / "new" / "folder") == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "message"),
+    [
+        (lambda seed: {"x": 1.0}, {"seeds": 0}, "needs seeds, each once"),
+        (lambda seed: {"x": 1.0}, {"seeds": [0, 0, 1]}, "needs seeds, each once"),
+        (lambda seed: {"x": 1.0}, {"margin": -1}, "margin is a share from 0 to 1"),
+        (lambda seed: None, {}, "gave None; a variant gives a mapping of numbers"),
+        (lambda seed: {"x": "1"}, {}, "a variant gives a mapping of numbers"),
+    ],
+)
+def test_functions_that_make_no_sense_are_refused(variant: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TorchstoneError, match=message):
+        torchstone.compare({"a": variant, "b": variant}, **{"seeds": 3, **fields})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jobs": 0}, "--jobs and --tuning-seeds are 1 or more"),
+        ({"tuning_seeds": 0}, "--jobs and --tuning-seeds are 1 or more"),
+        ({"margin": math.nan}, "--margin is a share"),
+        ({"budgets": (1.0, 1.01)}, "two of --budgets come to the same number of steps"),
+        ({"seeds": (1, 1)}, "each once"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_made(
+    recipe: dict[str, Any], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    made = from_axes(recipe, ["model.position=rotary,alibi"])
+    with pytest.raises(TorchstoneError, match=message):
+        compare_recipes(made, tmp_path / "out", Options(**options), lambda text: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_no_cell_has_is_named(compared: tuple[Result, Path], recipe: dict[str, Any]) -> None:
+    _, out = compared
+    made = from_axes(recipe, ["model.position=rotary,alibi"])
+    options = Options(seeds=(0, 1, 2), metric=Metric("test_los"))
+    with pytest.raises(TorchstoneError, match=r"no cell measured 'test_los' \(did you mean 'test_loss'\?\)"):
+        compare_recipes(made, out, options, lambda text: None)
 
 
 def test_a_worker_that_dies_is_replaced_once_and_takes_only_its_own_cell(

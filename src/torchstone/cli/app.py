@@ -180,7 +180,7 @@ def compare(
         margin=margin,
         budget=None if budget is None else seconds_of(budget),
         budgets=numbers_of("--budgets", budgets),
-        metric=None if metric is None else Metric(metric, not higher_is_better),
+        metric=None if metric is None else Metric.of(metric, higher_is_better),
         dry_run=dry_run,
         ray=ray,
     )

@@ -130,7 +130,8 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
 
     Returns:
         seconds_per_step, tokens_per_second, startup_seconds, seconds_per_block of an evaluation and the blocks of one,
-        peak_bytes above the process before the model was made, predicted_bytes, disk_bytes of one cell.
+        peak_bytes above the process before the model was made, predicted_bytes, disk_bytes that
+        a cell leaves, state_bytes while it trains.
     """
     import torch
 
@@ -168,7 +169,8 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
         "test_blocks": 2 * min(test, spec.test_blocks or test) if spec.test else 0,
         "peak_bytes": _peak() - idle,
         "predicted_bytes": training_memory(resolved).peak,
-        "disk_bytes": weights * (1 + 3 * (resolved.trainer.keep_last + 1)),
+        "disk_bytes": weights,
+        "state_bytes": weights * 3 * (resolved.trainer.keep_last + 1),
         "parameters": counts.parameters,
         "flops_per_token": counts.flops_per_token,
         "state_bytes_per_token": counts.state_bytes_per_token,

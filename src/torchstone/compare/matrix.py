@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import numbers as numbers_abc
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from torchstone.compare.pool import run_all, run_on_ray
 from torchstone.compare.report import html_page, plots
 from torchstone.compare.result import Arm, Metric, Result
 from torchstone.compare.variants import Variant
-from torchstone.errors import TorchstoneError
+from torchstone.errors import TorchstoneError, nearest
 from torchstone.files import full_disk, read_json, write_bytes, write_json
 from torchstone.recipe import Recipe, parse_override
 from torchstone.train.environment import choose_device, choose_precision, choose_threads, environment
@@ -115,10 +116,17 @@ def compare_recipes(
     if isinstance(made, Estimate):
         return made
     folder, arms, variants = made
+    metric = options.metric or _metric(arms, options)
+    known = {name for arm in arms for cells in arm.cells.values() for c in cells.values() for name in c["metrics"]}
+    if known and metric.name not in known:
+        names = ", ".join(sorted(known))
+        raise TorchstoneError(
+            f"compare: no cell measured {metric.name!r}{nearest(metric.name, known)}; there are {names}"
+        )
     result = Result(
         tuple(arms),
-        options.metric or _metric(arms, options),
-        options.seeds,
+        metric,
+        tuple(sorted(options.seeds)),
         tuple(sorted(options.budgets)),
         options.margin,
         _facts(variants, options),
@@ -178,12 +186,19 @@ def compare_functions(
     """
     if len(functions) < 2:
         raise TorchstoneError("compare: needs two variants or more")
+    _check_seeds(seeds)
+    if not 0 <= margin < 1:
+        raise TorchstoneError(f"compare: margin is a share from 0 to 1, got {margin}")
     arms = []
     for name, function in functions.items():
         cells = {}
-        for seed in seeds:
+        for seed in sorted(seeds):
             began = time.perf_counter()
-            metrics = {key: float(value) for key, value in function(seed).items()}
+            found = function(seed)
+            numbers = isinstance(found, Mapping) and all(isinstance(x, numbers_abc.Real) for x in found.values())
+            if not numbers or not found:
+                raise TorchstoneError(f"{name}: seed {seed} gave {found!r:.80}; a variant gives a mapping of numbers")
+            metrics = {key: float(value) for key, value in found.items()}
             bad = [key for key, value in metrics.items() if not math.isfinite(value)]
             status, reason = ("diverged", f"{bad[0]} is not finite") if bad else ("done", None)
             seconds = time.perf_counter() - began
@@ -202,7 +217,7 @@ def compare_functions(
             if metric.name not in cell["metrics"]:
                 given = ", ".join(cell["metrics"]) or "nothing"
                 raise TorchstoneError(f"{arm.name}: seed {seed} gave no {metric.name!r}, but {given}")
-    return Result(tuple(arms), metric, tuple(int(seed) for seed in seeds), margin=margin)
+    return Result(tuple(arms), metric, tuple(sorted(int(seed) for seed in seeds)), margin=margin)
 
 
 # ------------------------------------------------------------------------------------------------------ before training
@@ -215,12 +230,24 @@ def _check(variants: Sequence[Variant], options: Options) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise TorchstoneError(f"compare: two variants are called {twice}")
-    if not options.seeds or len(set(options.seeds)) != len(options.seeds):
-        raise TorchstoneError("compare: needs seeds, each once")
+    _check_seeds(options.seeds)
+    if options.jobs < 1 or options.tuning_seeds < 1:
+        raise TorchstoneError("compare: --jobs and --tuning-seeds are 1 or more")
+    if not 0 <= options.margin < 1:
+        raise TorchstoneError(f"compare: --margin is a share from 0 to 1, got {options.margin}")
     if options.budget is not None and len(options.seeds) < LEAST_SEEDS:
         raise TorchstoneError(f"compare: --budget cuts steps, never seeds, and a verdict needs {LEAST_SEEDS} seeds")
     if not options.budgets or min(options.budgets) <= 0:
         raise TorchstoneError("compare: --budgets are factors above zero")
+    for variant in variants:
+        steps = [max(1, round(variant.recipe.trainer.steps * factor)) for factor in options.budgets]
+        if len(set(steps)) != len(steps):
+            raise TorchstoneError(f"compare: two of --budgets come to the same number of steps ({min(steps)})")
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise TorchstoneError("compare: needs seeds, each once")
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -368,7 +395,9 @@ def _estimate(variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any
             tokens += count * each * factor
             cells += count
     peak = max((int(probe.get("peak_bytes", 0)) for probe in probes.values()), default=0)
-    disk = sum(int(probe.get("disk_bytes", 0)) for probe in probes.values()) * min(options.jobs, len(variants))
+    each_cell = max((int(probe.get("disk_bytes", 0)) for probe in probes.values()), default=0)
+    state = max((int(probe.get("state_bytes", 0)) for probe in probes.values()), default=0)
+    disk = each_cell * cells + state * options.jobs  # weights stay, checkpoints go when a cell is done
     return Estimate(cells, int(tokens), seconds / max(1, options.jobs), peak * options.jobs, disk)
 
 

@@ -26,6 +26,11 @@ class Metric:
     name: str
     lower_is_better: bool = True
 
+    @classmethod
+    def of(cls, name: str, higher_is_better: bool = False) -> Metric:
+        """A metric by name; higher is better for accuracies and exact matches, whether it is said or not."""
+        return cls(name, not (higher_is_better or name.endswith(("accuracy", "exact"))))
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -166,6 +171,7 @@ class Result:
         """Learning curves and loss against cost, as PNG files."""
         from torchstone.compare.report import plots
 
+        Path(folder).mkdir(parents=True, exist_ok=True)
         return plots(self, Path(folder))
 
     def to_dict(self) -> dict[str, Any]:
