@@ -1,39 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from torchstone.cli import main
 from torchstone.recipe import dump_yaml
 from torchstone.train import training
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command left behind: status, standard output, standard error."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``cli("train", ...)`` runs the command line in this process."""
-
-    def run(*arguments: str | Path) -> Said:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Said(int(left.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

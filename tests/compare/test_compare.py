@@ -15,8 +15,9 @@ import pytest
 import tiny
 import torchstone
 from torchstone.compare import Metric, Options, Result, compare_functions, compare_recipes, from_axes, from_file
+from torchstone.compare.cost import Estimate
 from torchstone.compare.match import inner_parameters, match
-from torchstone.compare.matrix import Estimate, _locked
+from torchstone.compare.matrix import _locked
 from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
 from torchstone.compare.pool import run_all
 from torchstone.compare.variants import split_values

@@ -16,7 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 import tiny
-from torchstone.cli import main
 from torchstone.data.tokenizer import BYTE_CHARACTERS, SPECIAL, Tokenizer, byte_level
 from torchstone.interop.layout import find_layout, load_state
 from torchstone.model.transformer import Transformer, TransformerSpec
@@ -128,29 +127,6 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command left behind: status, standard output, standard error."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``cli("evaluate", ...)`` runs the command line in this process."""
-
-    def run(*arguments: str | Path) -> Said:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Said(int(left.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def _run(folder: Path, **sections: Any) -> Path:

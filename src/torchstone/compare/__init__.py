@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torchstone.compare.cost import Estimate
 from torchstone.compare.decide import Interval, Verdict, decide
-from torchstone.compare.matrix import Estimate, Options, compare_functions, compare_recipes
+from torchstone.compare.matrix import compare_functions, compare_recipes
+from torchstone.compare.options import Options
 from torchstone.compare.result import Arm, Metric, Result
 from torchstone.compare.variants import Variant, from_axes, from_file, from_patch
 

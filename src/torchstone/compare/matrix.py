@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ import numpy as np
 import torch
 
 from torchstone.compare.cell import finished
+from torchstone.compare.cost import Estimate, cut_to, estimate, probe_all, same_time
 from torchstone.compare.decide import LEAST_SEEDS
-from torchstone.compare.match import Match, match
+from torchstone.compare.match import match
+from torchstone.compare.options import Options
 from torchstone.compare.pool import run_all, run_on_ray
 from torchstone.compare.report import html_page, plots
 from torchstone.compare.result import Arm, Metric, Result
@@ -41,59 +43,6 @@ __all__ = ["Estimate", "Options", "compare_functions", "compare_recipes", "settl
 _TUNING_SEEDS = 500_000
 """First seed of tuning: no report uses it."""
 _EXTENSIONS = 2
-_FEWEST_STEPS = 10
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compare.
-
-    Attributes:
-        seeds: of the report.
-        jobs: cells at once.
-        match, tolerance: what is made equal by the feed-forward width, and how far off it may stay.
-        tune: (field, grid) that every variant is tuned over, on other seeds.
-        tuning_seeds: how many.
-        margin: what counts as equivalent, as a share of the reference.
-        budget: seconds that the whole may take; steps are cut to fit.
-        budgets: factors on the steps, each a comparison of its own.
-        metric: None takes what the recipe's data call for.
-        dry_run: only say what it would cost.
-        imports: modules that workers import first, for kinds that no file of their family holds.
-        ray: whether cells are tasks of a Ray cluster instead of processes here.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    jobs: int = 1
-    match: Match = "none"
-    tolerance: float = 0.01
-    tune: tuple[str, tuple[float, ...]] | None = None
-    tuning_seeds: int = 1
-    margin: float = 0.005
-    budget: float | None = None
-    budgets: tuple[float, ...] = (1.0,)
-    metric: Metric | None = None
-    dry_run: bool = False
-    imports: tuple[str, ...] = ()
-    ray: bool = False
-
-
-@dataclass
-class Estimate:
-    """What a comparison will cost."""
-
-    cells: int
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    disk_bytes: int
-
-    def __str__(self) -> str:
-        minutes = self.seconds / 60
-        return (
-            f"{self.cells} cells, {self.tokens:,} tokens, about {minutes:,.1f} minutes, "
-            f"{self.peak_bytes / 2**30:.2f} GiB of memory, {self.disk_bytes / 2**30:.2f} GiB of disk"
-        )
 
 
 def compare_recipes(
@@ -156,17 +105,17 @@ def train_variants(
         _claim(folder, variants, options)
         for description in dict.fromkeys(_prepare(variant.recipe) for variant in variants):
             say(description)
-        probes = _probes(folder, variants, options.imports, say)
+        probes = probe_all(folder, variants, options.imports, say)
         if options.match == "wall":
-            variants = _same_time(variants, probes)
-        estimate = _estimate(variants, probes, options)
-        if options.budget is not None and estimate.seconds > options.budget:
-            variants, estimate = _cut(variants, probes, options)
+            variants = same_time(variants, probes)
+        expected = estimate(variants, probes, options)
+        if options.budget is not None and expected.seconds > options.budget:
+            variants, expected = cut_to(variants, probes, options)
             steps = variants[0].recipe.trainer.steps
             say(f"--budget: {steps} steps instead of {_steps_before(folder)}")
-        say(str(estimate))
+        say(str(expected))
         if options.dry_run:
-            return estimate
+            return expected
         tuned: dict[str, dict[str, Any]] = {}
         if options.tune is not None:
             variants, tuned = _tune(folder, variants, options, say)
@@ -330,122 +279,6 @@ def _prepare(recipe: Recipe) -> str:
     """Make the data once, before workers ask for it; its description."""
     prepared: Any = recipe.data.prepare()
     return str(prepared.description)
-
-
-def _probes(
-    folder: Path, variants: Sequence[Variant], imports: Sequence[str], say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """What each variant costs, each in a process of its own with nothing beside it."""
-    found: dict[str, dict[str, Any]] = {}
-    todo = []
-    for variant in variants:
-        path = folder / "probe" / f"{variant.folder}.json"
-        kept = read_json(path) if path.is_file() else None
-        if isinstance(kept, dict) and kept.get("recipe") == variant.recipe.hash():
-            found[variant.name] = kept
-        else:
-            todo.append(variant)
-    if todo:
-        say(f"probing {len(todo)} variants")
-    requests = [{"do": "probe", "imports": list(imports), "recipe": variant.recipe.dump()} for variant in todo]
-    for number, answer in run_all(requests, fresh=True):
-        variant = todo[number]
-        if answer.get("status") == "refused":
-            raise TorchstoneError(f"variant {variant.name}: {answer['reason']}")
-        if "seconds_per_step" not in answer:
-            answer["fits"] = _batch_that_fits(variant.recipe)
-        found[variant.name] = {**answer, "recipe": variant.recipe.hash()}
-        path = folder / "probe" / f"{variant.folder}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, found[variant.name])
-    return found
-
-
-def _batch_that_fits(recipe: Recipe) -> int | None:
-    """The largest batch, halving the recipe's, whose predicted memory is below the machine's."""
-    from torchstone.train.memory import training_memory
-    from torchstone.train.run import memory_of
-
-    there = memory_of(choose_device(recipe.trainer.device))
-    batch = recipe.trainer.batch
-    while there is not None and batch > 1:
-        batch //= 2
-        if training_memory(recipe.override({"trainer": {"batch": batch}})).peak < there:
-            return batch
-    return None
-
-
-def _seconds(variant: Variant, probe: Mapping[str, Any], factor: float = 1.0) -> float:
-    """Of one cell."""
-    if "seconds_per_step" not in probe:
-        return 0.0
-    steps = variant.recipe.trainer.steps * factor
-    blocks = (steps // variant.recipe.evaluate.every + 2) * probe["valid_blocks"] + probe["test_blocks"]
-    return probe["startup_seconds"] + steps * probe["seconds_per_step"] + blocks * probe["seconds_per_block"]
-
-
-def _estimate(variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any]], options: Options) -> Estimate:
-    seconds, tokens, cells = 0.0, 0.0, 0
-    grid = len(options.tune[1]) * options.tuning_seeds if options.tune else 0
-    for variant in variants:
-        trainer = variant.recipe.trainer
-        each = trainer.batch * trainer.accumulate * getattr(variant.recipe.data, "block", 1) * trainer.steps
-        for factor, count in [(1.0, grid), *((b, len(options.seeds)) for b in options.budgets)]:
-            seconds += count * _seconds(variant, probes[variant.name], factor)
-            tokens += count * each * factor
-            cells += count
-    peak = max((int(probe.get("peak_bytes", 0)) for probe in probes.values()), default=0)
-    each_cell = max((int(probe.get("disk_bytes", 0)) for probe in probes.values()), default=0)
-    state = max((int(probe.get("state_bytes", 0)) for probe in probes.values()), default=0)
-    disk = each_cell * cells + state * options.jobs  # weights stay, checkpoints go when a cell is done
-    return Estimate(cells, int(tokens), seconds / max(1, options.jobs), peak * options.jobs, disk)
-
-
-def _cut(
-    variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any]], options: Options
-) -> tuple[list[Variant], Estimate]:
-    """The variants with fewer steps, in proportion, so that the whole fits the budget."""
-    assert options.budget is not None
-    most = min(variant.recipe.trainer.steps for variant in variants)
-    floor = max(_FEWEST_STEPS, *(variant.recipe.schedule.warmup + 1 for variant in variants))
-
-    def at(steps: int) -> list[Variant]:
-        return [
-            replace(
-                variant,
-                recipe=variant.recipe.override(
-                    {"trainer": {"steps": max(floor, round(variant.recipe.trainer.steps * steps / most))}}
-                ),
-            )
-            for variant in variants
-        ]
-
-    low, high = floor, most
-    least = _estimate(at(low), probes, options)
-    if least.seconds > options.budget:
-        raise TorchstoneError(
-            f"compare: --budget of {options.budget / 60:.1f} minutes is too small: {least.cells} cells of {floor} "
-            f"steps take about {least.seconds / 60:.1f}; take fewer variants, or at least {LEAST_SEEDS} seeds"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (
-            (middle, high) if _estimate(at(middle), probes, options).seconds <= options.budget else (low, middle)
-        )
-    return at(low), _estimate(at(low), probes, options)
-
-
-def _same_time(variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
-    """Steps of each variant set so that all take the time of the first."""
-    if any("seconds_per_step" not in probes[variant.name] for variant in variants):
-        raise TorchstoneError("compare: --match wall needs every variant to run here")
-    first = variants[0].recipe.trainer.steps * probes[variants[0].name]["seconds_per_step"]
-    found = [variants[0]]
-    for variant in variants[1:]:
-        steps = max(1, round(first / probes[variant.name]["seconds_per_step"]))
-        recipe = variant.recipe.override({"trainer": {"steps": steps}})
-        found.append(replace(variant, recipe=recipe, notes=(*variant.notes, f"--match wall: {steps} steps")))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- training

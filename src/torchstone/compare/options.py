@@ -1,15 +1,52 @@
-"""Options as they are typed."""
+"""Options of a comparison, and how they are typed."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from torchstone.compare.match import Match
+from torchstone.compare.result import Metric
 from torchstone.compare.variants import split_values
 from torchstone.errors import TorchstoneError, nearest
 
-__all__ = ["grid_of", "numbers_of", "one_of", "seconds_of"]
+__all__ = ["Options", "grid_of", "numbers_of", "one_of", "seconds_of"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compare.
+
+    Attributes:
+        seeds: of the report.
+        jobs: cells at once.
+        match, tolerance: what is made equal by the feed-forward width, and how far off it may stay.
+        tune: (field, grid) that every variant is tuned over, on other seeds.
+        tuning_seeds: how many.
+        margin: what counts as equivalent, as a share of the reference.
+        budget: seconds that the whole may take; steps are cut to fit.
+        budgets: factors on the steps, each a comparison of its own.
+        metric: None takes what the recipe's data call for.
+        dry_run: only say what it would cost.
+        imports: modules that workers import first, for kinds that no file of their family holds.
+        ray: whether cells are tasks of a Ray cluster instead of processes here.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    jobs: int = 1
+    match: Match = "none"
+    tolerance: float = 0.01
+    tune: tuple[str, tuple[float, ...]] | None = None
+    tuning_seeds: int = 1
+    margin: float = 0.005
+    budget: float | None = None
+    budgets: tuple[float, ...] = (1.0,)
+    metric: Metric | None = None
+    dry_run: bool = False
+    imports: tuple[str, ...] = ()
+    ray: bool = False
 
 
 def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
