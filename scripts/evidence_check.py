@@ -68,7 +68,7 @@ def cell_agrees(slug: str, claim: Claim, record: dict[str, Any], cell: dict[str,
         print(f"{name}: its recipe is not the recorded one")
         return False
     with tempfile.TemporaryDirectory() as folder:
-        found = run_cell(recipe, Path(folder), documents=False)
+        found = run_cell(recipe, Path(folder))
     if found["corpus"] != cell["corpus"]:
         print(f"{name}: another corpus than the recorded one; not compared")
         return True

@@ -8,7 +8,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchstone.api import Run, build, compare, import_run, inspect, load, train
+    from torchstone.api import Run, build, compare, import_run, inspect, load, reproduce, train
     from torchstone.errors import TorchstoneError
     from torchstone.recipe import Recipe, load_recipe
 
@@ -22,6 +22,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "reproduce",
     "train",
 ]
 

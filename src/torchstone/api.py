@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from torchstone.compare.match import Match
     from torchstone.evaluate import Result, Sources
     from torchstone.generate import Completion
+    from torchstone.papers._claim import Scale
 
-__all__ = ["Run", "build", "compare", "import_run", "inspect", "load", "train"]
+__all__ = ["Run", "build", "compare", "import_run", "inspect", "load", "reproduce", "train"]
 
 
 class Run(RunFolder):
@@ -169,10 +170,11 @@ def build(
 
 
 def compare(
-    variants: Mapping[str, Any] | Sequence[str],
+    variants: Mapping[str, Any] | Sequence[str] | str | Path,
     seeds: int | Sequence[int] = 5,
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
     out: str | Path | None = None,
     jobs: int = 1,
     match: Match = "none",
@@ -184,6 +186,7 @@ def compare(
     budgets: Sequence[float] = (1.0,),
     metric: str | None = None,
     higher_is_better: bool = False,
+    ray: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Comparison | Estimate:
@@ -191,9 +194,11 @@ def compare(
 
     Args:
         variants: name -> a function from a seed to metrics, or a recipe, or (with `recipe`) a patch on it; or, with
-            `recipe`, axes as on the command line: ``["model.position=rotary,alibi"]``. The first is the reference.
+            `recipe`, axes as on the command line, ``["model.position=rotary,alibi"]``, or the path of a YAML file of
+            named patches. The first is the reference.
         seeds: how many, or which.
         recipe: what patches and axes change.
+        overrides: of all variants, as ``field=value``.
         out: the comparison's folder, in which it can be continued; None takes a temporary one.
         jobs: cells trained at once.
         match: "parameters" or "flops" sets the feed-forward width so that all variants are of one size, "wall" the
@@ -206,6 +211,7 @@ def compare(
         budgets: factors on the steps: one comparison each, and the trend of the gap.
         metric: name of the number compared; by default bits per byte, or what a task measures.
         higher_is_better: direction of `metric`; accuracies have theirs.
+        ray: train cells on a Ray cluster instead of in processes here.
         dry_run: only estimate the cost.
         quiet: no progress on stderr.
 
@@ -215,7 +221,7 @@ def compare(
     """
     import tempfile
 
-    from torchstone.compare import Metric, Options, compare_functions, compare_recipes, from_axes, from_patch
+    from torchstone.compare import Metric, Options, compare_functions, compare_recipes, from_axes, from_file, from_patch
 
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     number = None if metric is None else Metric.of(metric, higher_is_better)
@@ -226,13 +232,15 @@ def compare(
                 raise TorchstoneError("compare: variants are all functions, or none is")
             return compare_functions(functions, chosen, number, margin)
         made = [
-            from_patch(name, value, None) if recipe is None else from_patch(name, recipe, value)
+            from_patch(name, value, None, overrides) if recipe is None else from_patch(name, recipe, value, overrides)
             for name, value in variants.items()
         ]
     elif recipe is None:
         raise TorchstoneError("compare: axes need recipe=, what they change")
+    elif isinstance(variants, str | Path):
+        made = from_file(recipe, variants, overrides)
     else:
-        made = from_axes(recipe, variants)
+        made = from_axes(recipe, [*overrides, *variants])
     if tune is not None and len(tune) != 1:
         raise TorchstoneError(f"compare: tune takes one field and its grid, got {len(tune)}")
     options = Options(
@@ -247,12 +255,44 @@ def compare(
         budgets=tuple(float(factor) for factor in budgets),
         metric=number,
         dry_run=dry_run,
+        ray=ray,
     )
     say = (lambda text: None) if quiet else None
     if out is not None:
         return compare_recipes(made, out, options, say)
     with tempfile.TemporaryDirectory(prefix="torchstone-compare-") as folder:
         return compare_recipes(made, folder, options, say)
+
+
+def reproduce(
+    slug: str,
+    *,
+    claim: str | None = None,
+    scale: Scale = "quick",
+    record: bool = False,
+    out: str | Path | None = None,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Run the claims of a paper and say for each whether it holds here.
+
+    Args:
+        slug: the paper's; `torchstone.papers.slugs` lists them.
+        claim: only this one, by its id.
+        scale: "quick" (a look of minutes, no verdict is kept), "evidence" or "gpu".
+        record: write the evidence into the package.
+        out: where cells, JSON and plot go, and from where they are continued.
+        jobs: cells trained at once.
+
+    Returns:
+        ``paper``, ``scale`` and ``claims``; each claim has id, kind, text, verdict, gates, measured, margin, seeds and
+        seconds.
+
+    Raises:
+        TorchstoneError: no such paper or claim, a quick look that was to be recorded, a claim that cannot run here.
+    """
+    from torchstone.papers._pages import run_paper
+
+    return run_paper(slug, claim, scale, record, None if out is None else Path(out), jobs)
 
 
 def inspect(

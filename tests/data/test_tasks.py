@@ -19,10 +19,9 @@ from torchstone.cli import main
 from torchstone.data._task import TaskSpec, TaskSplit
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
-from torchstone.objectives import tokens_of
+from torchstone.objectives import causal_lm, tokens_of
 from torchstone.recipe import load_recipe
 from torchstone.spec import kinds, resolve, validate
-from torchstone.train import engine
 from torchstone.train.mesh import Mesh
 from torchstone.train.run import RunFolder
 
@@ -251,7 +250,7 @@ SHORT = {"kind": "copying", "length": 3, "symbols": 4, "examples": 21}
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(engine, "_LOGITS", request.param)
+    monkeypatch.setattr(causal_lm, "_LOGITS", request.param)
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 23], ids=["row by row", "all rows"], indirect=True)

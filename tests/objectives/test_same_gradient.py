@@ -158,13 +158,13 @@ def test_not_a_number_in_rows_without_target_changes_no_single_likelihood(folder
     trainer = trainer_of("causal_lm", folder)
     batch = ragged(trainer)
     assert isinstance(trainer.objective, CausalLM)
-    clean = trainer.objective.nll(trainer.model, batch)
+    clean = trainer.objective.evaluate(trainer.model, batch).nll_BT
     trainer.model.register_forward_hook(
         lambda module, inputs, output: replace(
             output, hidden=torch.where((batch["next"] < 0)[..., None], torch.nan, output.hidden)
         )
     )
-    assert torch.equal(trainer.objective.nll(trainer.model, batch), clean)
+    assert torch.equal(trainer.objective.evaluate(trainer.model, batch).nll_BT, clean)
 
 
 @pytest.mark.parametrize("objective", SECTIONS)
@@ -184,7 +184,7 @@ def test_causal_loss_is_the_cross_entropy_of_the_next_token(folder: Path) -> Non
     known = batch["next"] >= 0
     plain = torch.nn.functional.cross_entropy(logits[known], batch["next"][known])
     assert trainer.gradients([batch], 0)["loss"] == pytest.approx(plain.item(), rel=1e-10)
-    assert trainer.objective.nll(trainer.model, batch).sum().item() == pytest.approx(
+    assert trainer.objective.evaluate(trainer.model, batch).nll_BT.sum().item() == pytest.approx(
         plain.item() * known.sum().item(), rel=1e-10
     )
 

@@ -163,28 +163,32 @@ def compare(
     """Train variants under the same seeds and say which is better, by how much, how sure, at what cost."""
     from dataclasses import asdict
 
-    from torchstone.compare import Estimate, Metric, Options, compare_recipes, from_axes, from_file
+    from torchstone import api
+    from torchstone.compare import Estimate
     from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
     from torchstone.errors import TorchstoneError
 
     if out is None:
         raise TorchstoneError("compare: needs --out, the comparison's folder")
-    made = from_axes(recipe, axes or []) if variants is None else from_file(recipe, variants, axes or [])
-    options = Options(
-        seeds=tuple(range(seeds)),
+    result = api.compare(
+        (axes or []) if variants is None else variants,
+        seeds,
+        recipe=recipe,
+        overrides=(axes or []) if variants is not None else (),
+        out=out,
         jobs=jobs,
         match=one_of("--match", match, ("none", "parameters", "flops", "wall")),  # type: ignore[arg-type]
-        tolerance=match_tolerance,
-        tune=None if tune is None else grid_of(tune),
+        match_tolerance=match_tolerance,
+        tune=None if tune is None else dict([grid_of(tune)]),
         tuning_seeds=tuning_seeds,
         margin=margin,
         budget=None if budget is None else seconds_of(budget),
         budgets=numbers_of("--budgets", budgets),
-        metric=None if metric is None else Metric.of(metric, higher_is_better),
-        dry_run=dry_run,
+        metric=metric,
+        higher_is_better=higher_is_better,
         ray=ray,
+        dry_run=dry_run,
     )
-    result = compare_recipes(made, out, options)
     if isinstance(result, Estimate):
         if as_json:
             _print_json(asdict(result))
@@ -233,20 +237,21 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Run the claims of a paper and say for each whether it holds here."""
+    from torchstone import api
     from torchstone.compare.options import one_of, seconds_of
     from torchstone.errors import TorchstoneError
-    from torchstone.papers._pages import run_all_papers, run_paper, text_of
+    from torchstone.papers._pages import run_all_papers, text_of
 
     size = one_of("--scale", scale, ("quick", "evidence", "gpu"))
     if every == (slug is not None):
         raise TorchstoneError("reproduce: needs a paper, or --all")
     if every:
-        if claim is not None or record:
-            raise TorchstoneError("reproduce: --all takes no --claim and records nothing")
+        if claim is not None or record or out is not None:
+            raise TorchstoneError("reproduce: --all takes no --claim and no --out, and records nothing")
         reports = run_all_papers(size, None if budget is None else seconds_of(budget), jobs)  # type: ignore[arg-type]
     else:
         assert slug is not None
-        reports = [run_paper(slug, claim, size, record, out, jobs)]  # type: ignore[arg-type]
+        reports = [api.reproduce(slug, claim=claim, scale=size, record=record, out=out, jobs=jobs)]  # type: ignore[arg-type]
     if as_json:
         _print_json(reports if every else reports[0])
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -40,17 +39,17 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("recipe") == recipe.hash() else None
 
 
-def run_cell(recipe: Recipe, folder: Path, documents: bool) -> dict[str, Any]:
+def run_cell(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train one cell, or go on with it, and measure it.
 
     Args:
         recipe: with its seed.
         folder: the cell's; the run lies in ``run/``.
-        documents: whether the held-out documents are scored one by one.
 
     Returns:
         status ("done" or "diverged") with `reason`; metrics of the last test row; the validation curve; the best and
-        the last validation loss; seconds; digest of the loss curve; corpus hash.
+        the last validation loss; seconds; digest of the loss curve; corpus hash; bits and bytes of each held-out
+        document, where there are any.
     """
     from torchstone.train import train
 
@@ -86,8 +85,8 @@ def run_cell(recipe: Recipe, folder: Path, documents: bool) -> dict[str, Any]:
         "tokens": recipe.trainer.steps * rows_a_step * getattr(recipe.data, "block", 1),
         "corpus": read_json(run.path / "environment.json").get("corpus"),
     }
-    if documents and base["status"] == "done":
-        result["documents"] = _documents(run)
+    if base["status"] == "done":
+        result["documents"] = run.documents()
     write_json(folder / RESULT, result)
     shutil.rmtree(run.state, ignore_errors=True)  # nothing goes on from here
     return result
@@ -97,32 +96,6 @@ def _seconds(folder: Path) -> float:
     """Seconds that earlier attempts at this cell took."""
     path = folder / "seconds.json"
     return float(read_json(path)) if path.is_file() else 0.0
-
-
-def _documents(run: Any) -> dict[str, list[float]] | None:
-    """Bits and bytes of each held-out document; None where the objective does not code text."""
-    import torch
-
-    from torchstone.objectives import Facts
-
-    recipe = run.recipe
-    objective: Any = recipe.objective.build(Facts())
-    prepared = recipe.data.prepare()
-    blocks = prepared.test
-    if not hasattr(objective, "nll") or not hasattr(blocks, "documents_of"):
-        return None
-    model = run.model("ema" if recipe.trainer.ema else "last")
-    bits = torch.zeros(blocks.documents, dtype=torch.float64)
-    count = torch.zeros(blocks.documents, dtype=torch.float64)
-    for batch in blocks.evaluation(recipe.trainer.batch, recipe.evaluate.test_blocks):
-        nll_BT = objective.nll(model, batch)
-        where = torch.from_numpy(blocks.documents_of(batch["example"].numpy()))
-        there = batch["next"] >= 0
-        bits.index_add_(0, where[there], nll_BT[there].double() / math.log(2))
-        count.index_add_(0, where[there], torch.ones(int(there.sum()), dtype=torch.float64))
-    # a document counts its share of the split's bytes by its tokens; every token but the first is a target
-    size = count * blocks.bytes / (blocks.tokens - 1)
-    return {"bits": bits.tolist(), "bytes": size.tolist()}
 
 
 def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
@@ -165,8 +138,7 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
         "startup_seconds": startup,
         "seconds_per_block": per_block,
         "valid_blocks": min(valid, spec.blocks or valid),
-        # once by the engine, once document by document
-        "test_blocks": 2 * min(test, spec.test_blocks or test) if spec.test else 0,
+        "test_blocks": min(test, spec.test_blocks or test),
         "peak_bytes": _peak() - idle,
         "predicted_bytes": training_memory(resolved).peak,
         "disk_bytes": weights,
@@ -223,7 +195,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         recipe = load_recipe(request["recipe"])
         if request["do"] == "probe":
             return probe(recipe)
-        return run_cell(recipe, Path(request["folder"]), request["documents"])
+        return run_cell(recipe, Path(request["folder"]))
     except TorchstoneError as error:
         return {"status": "refused", "reason": str(error)}
     except MemoryError:

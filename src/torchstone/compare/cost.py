@@ -82,12 +82,12 @@ def _batch_that_fits(recipe: Recipe) -> int | None:
     return None
 
 
-def _seconds(variant: Variant, probe: Mapping[str, Any], factor: float = 1.0) -> float:
+def _seconds(variant: Variant, probe: Mapping[str, Any], factor: float, test: bool) -> float:
     """Of one cell."""
     if "seconds_per_step" not in probe:
         return 0.0
     steps = variant.recipe.trainer.steps * factor
-    blocks = (steps // variant.recipe.evaluate.every + 2) * probe["valid_blocks"] + probe["test_blocks"]
+    blocks = (steps // variant.recipe.evaluate.every + 2) * probe["valid_blocks"] + test * probe["test_blocks"]
     return probe["startup_seconds"] + steps * probe["seconds_per_step"] + blocks * probe["seconds_per_block"]
 
 
@@ -97,8 +97,8 @@ def estimate(variants: Sequence[Variant], probes: Mapping[str, Mapping[str, Any]
     for variant in variants:
         trainer = variant.recipe.trainer
         each = trainer.batch * trainer.accumulate * getattr(variant.recipe.data, "block", 1) * trainer.steps
-        for factor, count in [(1.0, grid), *((b, len(options.seeds)) for b in options.budgets)]:
-            seconds += count * _seconds(variant, probes[variant.name], factor)
+        for factor, count, test in [(1.0, grid, False), *((b, len(options.seeds), True) for b in options.budgets)]:
+            seconds += count * _seconds(variant, probes[variant.name], factor, test)
             tokens += count * each * factor
             cells += count
     peak = max((int(probe.get("peak_bytes", 0)) for probe in probes.values()), default=0)

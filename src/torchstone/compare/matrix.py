@@ -290,7 +290,7 @@ def _seeded(recipe: Recipe, seed: int, factor: float = 1.0) -> Recipe:
 
 
 def _run(
-    wanted: Sequence[tuple[str, Recipe, Path]], options: Options, documents: bool, say: Callable[[str], None]
+    wanted: Sequence[tuple[str, Recipe, Path]], options: Options, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Results of cells, those that were finished before without training."""
     results: list[dict[str, Any] | None] = [finished(folder, recipe) for _, recipe, folder in wanted]
@@ -301,7 +301,6 @@ def _run(
             "imports": list(options.imports),
             "recipe": wanted[number][1].dump(),
             "folder": str(wanted[number][2].resolve()),
-            "documents": documents,
         }
         for number in todo
     ]
@@ -322,7 +321,7 @@ def _run(
         value = next(
             (
                 f"{key} {answer['metrics'][key]:.4f}"
-                for key in ("test_bits_per_byte", "test_loss")
+                for key in ("test_accuracy", "test_bits_per_byte", "test_loss")
                 if key in answer["metrics"]
             ),
             answer["status"],
@@ -365,7 +364,7 @@ def _cells(
                 path = folder / "cells" / variant.folder / f"steps-{recipe.trainer.steps}" / f"seed-{seed}"
                 wanted.append((f"{variant.name} seed {seed}", recipe, path))
                 places.append((arm, factor, seed))
-    for (arm, factor, seed), result in zip(places, _run(wanted, options, True, say), strict=True):
+    for (arm, factor, seed), result in zip(places, _run(wanted, options, say), strict=True):
         arm.cells.setdefault(factor, {})[seed] = result
     return arms
 
@@ -382,13 +381,13 @@ def _tune(
         wanted, places = [], []
         for variant in variants:
             for value in todo[variant.name]:
-                recipe = _set(variant.recipe, path, value)
+                recipe = _set(variant.recipe, path, value).override({"evaluate": {"test": False}})
                 for seed in range(_TUNING_SEEDS, _TUNING_SEEDS + options.tuning_seeds):
                     where = folder / "tune" / variant.folder / f"{value:g}" / f"seed-{seed}"
                     wanted.append((f"{variant.name} {path}={value:g}", _seeded(recipe, seed), where))
                     places.append((variant.name, value))
         losses: dict[tuple[str, float], list[float]] = {}
-        for place, result in zip(places, _run(wanted, options, False, say), strict=True):
+        for place, result in zip(places, _run(wanted, options, say), strict=True):
             loss = result.get("valid_loss") if result.get("status") == "done" else None
             losses.setdefault(place, []).append(math.inf if loss is None else loss)
         for (name, value), found in losses.items():

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from torchstone.data.blocks import IGNORE
-from torchstone.data.hashing import digest, mix, permute
+from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data.hashing import digest, mix
 from torchstone.data.spec import DataSpec
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
@@ -145,13 +145,8 @@ class TaskSplit:
             ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each where that is an answer, else -100;
             ``example`` int64 (B,), numbers of the examples.
         """
-        count = len(self)
-        order_B = ((step * accumulate + micro) * ranks + rank) * size + np.arange(size)
-        number_B = np.empty(size, np.int64)
-        for epoch in np.unique(order_B // count):
-            here = order_B // count == epoch
-            number_B[here] = permute(order_B[here] % count, count, key.fold("epoch", int(epoch)))
-        return self._batch(number_B)
+        first = ((step * accumulate + micro) * ranks + rank) * size
+        return self._batch(shuffled(len(self), key, first, size))
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Examples in order, in batches of `size`; with a `limit` that many, spread evenly."""

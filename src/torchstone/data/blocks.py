@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torchstone.keys import Key
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "shuffled"]
 
 IGNORE = -100
 """Target where there is nothing to predict."""
@@ -87,12 +87,8 @@ class Blocks:
             raise TorchstoneError(
                 f"the {self.split} split is shorter than one block: {self.tokens:,} tokens, block {self.block:,}"
             )
-        order_N = ((step * accumulate + micro) * ranks + rank) * size + np.arange(size)
-        block_N = np.empty(size, np.int64)
-        for epoch in np.unique(order_N // count):
-            here = order_N // count == epoch
-            block_N[here] = permute(order_N[here] % count, count, key.fold("epoch", int(epoch)))
-        return _tensors(self._rows(block_N))
+        first = ((step * accumulate + micro) * ranks + rank) * size
+        return _tensors(self._rows(shuffled(count, key, first, size)))
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """All blocks in order, the short one at the end too: every token but the first is predicted exactly once.
@@ -137,6 +133,16 @@ class Blocks:
             np.maximum.accumulate(start_BT, axis=1, out=start_BT)
         rows = {"ids": ids_BT, "next": next_BT, "example": np.asarray(blocks, np.int64)}
         return {**rows, "start": start_BT} if self._separate else rows
+
+
+def shuffled(count: int, key: Key, first: int, size: int) -> np.ndarray:
+    """Places `first` to `first` + `size` of an endless order in which every epoch visits `count` things once: int64."""
+    order_N = first + np.arange(size)
+    number_N = np.empty(size, np.int64)
+    for epoch in np.unique(order_N // count):
+        here = order_N // count == epoch
+        number_N[here] = permute(order_N[here] % count, count, key.fold("epoch", int(epoch)))
+    return number_N
 
 
 def _map(path: Path, dtype: str, length: int) -> np.ndarray:

@@ -55,10 +55,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Result:
-    """Terms of the loss, and metrics as (sum, count)."""
+    """What an objective gives.
+
+    Attributes:
+        terms: of the loss.
+        metrics: as (sum, count).
+        nll_BT: negative log-likelihood of each target in nats, zero where there is none; from `Objective.evaluate` of
+            an objective that codes text.
+        predicted_BT: the likeliest token in the place of each target, -1 where there is none; from
+            `Objective.evaluate`, where asked for.
+    """
 
     terms: dict[str, Term]
     metrics: Aux = field(default_factory=dict)
+    nll_BT: torch.Tensor | None = None
+    predicted_BT: torch.Tensor | None = None
 
     @classmethod
     def of(cls, terms: dict[str, Term], aux: Aux) -> Result:
@@ -108,6 +119,11 @@ class Objective(nn.Module):
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
         """Terms of a prepared batch. `key` None means evaluation: nothing is dropped."""
         raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
+        """As `forward` without a key, for measuring: an objective that scores tokens one by one gives their scores too,
+        and with `predict` its likeliest tokens. Called without gradients."""
+        return self(model, batch, None)  # type: ignore[no-any-return]
 
 
 def tokens_of(batch: Batch, ids: torch.Tensor | None = None) -> Tokens:

@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +25,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import full_disk
 from torchstone.keys import Key
 from torchstone.model.site import parameter_name
-from torchstone.objectives import Batch, Objective, tokens_of
+from torchstone.objectives import Batch, Objective
 from torchstone.recipe import EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
 from torchstone.train.checkpoint import Checkpoint
 from torchstone.train.environment import autocast
@@ -33,10 +34,7 @@ from torchstone.train.optimizers import named_parameters, set_factor
 from torchstone.train.progress import Progress
 from torchstone.train.run import RunFolder, load_weights
 
-__all__ = ["ScoredSplit", "Source", "Split", "Stopped", "Trainer"]
-
-_LOGITS = 1 << 23
-"""Logits that exist at once while a split is scored."""
+__all__ = ["DocumentedSplit", "ScoredSplit", "Source", "Split", "Stopped", "Trainer"]
 
 
 class Split(Protocol):
@@ -63,6 +61,25 @@ class ScoredSplit(Split, Protocol):
     def score(self, predicted_BT: torch.Tensor, batch: Batch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """Metrics by name, each a sum and its count. `predicted_BT` is -1 where the batch has no target."""
         ...
+
+
+@runtime_checkable
+class DocumentedSplit(Split, Protocol):
+    """A split that knows which of its `documents` each target belongs to."""
+
+    documents: int
+
+    def documents_of(self, block_B: np.ndarray) -> np.ndarray:
+        """Numbers of documents (B, T), from a batch's ``example``."""
+        ...
+
+
+def _by_document(split: DocumentedSplit, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Nats, and targets, of each document (2, documents), float64, on the CPU."""
+    where_BT = torch.from_numpy(split.documents_of(batch["example"].cpu().numpy()))
+    there_BT = (batch["next"] >= 0).cpu()
+    both = torch.stack([nll_BT.cpu()[there_BT].double(), torch.ones(int(there_BT.sum()), dtype=torch.float64)])
+    return torch.zeros(2, split.documents, dtype=torch.float64).index_add_(1, where_BT[there_BT], both)
 
 
 @dataclass(frozen=True)
@@ -289,15 +306,21 @@ class Trainer:
 
     # -- validation
 
-    @torch.no_grad()
     def measure_split(self, split: Split, prefix: str, limit: int | None = None) -> dict[str, Any]:
         """Loss (and bits per byte, where the objective codes text; and the split's own metrics) over a split, with the
         averaged weights if kept."""
+        return self._measure(split, prefix, limit)[0]
+
+    @torch.no_grad()
+    def _measure(self, split: Split, prefix: str, limit: int | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The row of `measure_split`, and where documents can be told apart ``bits`` and ``bytes`` of each."""
         self._mode(training=False)
-        totals: dict[str, torch.Tensor] = {}
-        counts: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}
         weights: dict[str, tuple[str, float]] = {}
-        scores: dict[str, torch.Tensor] = {}
+
+        def add(name: str, value: torch.Tensor) -> None:
+            sums[name] = sums.get(name, 0) + share * value.to(self.device, self._wide)
+
         with self._averaged():
             for number, batch in enumerate(split.evaluation(self.spec.batch, limit)):
                 # every rank looks at the first batch, so that all know the terms, and the first rank counts it
@@ -306,42 +329,39 @@ class Trainer:
                 share = float(number % self.mesh.ranks == self.mesh.rank)
                 batch = self.objective.prepare(self._move(batch), self.key.fold("evaluate", prefix, number))
                 with autocast(self.device, self.spec):
-                    result = self.objective(self.model, batch, None)
+                    result = self.objective.evaluate(self.model, batch, isinstance(split, ScoredSplit))
                 for name, term in result.terms.items():
-                    totals[name] = totals.get(name, 0) + share * term.total.to(self._wide)
+                    add(f"term {name}", term.total)
                     weights[name] = term.over, term.weight
                 for name, count in self.objective.counts(batch).items():
-                    counts[name] = counts.get(name, 0) + share * count.to(self._wide)
-                if isinstance(split, ScoredSplit):
-                    for name, pair in split.score(self._predicted(batch), batch).items():
-                        scores[name] = scores.get(name, 0) + share * torch.stack(pair).to(self._wide)
+                    add(f"count {name}", count)
+                if isinstance(split, ScoredSplit) and result.predicted_BT is not None:
+                    for name, pair in split.score(result.predicted_BT, batch).items():
+                        add(f"score {name}", torch.stack(pair))
+                if isinstance(split, DocumentedSplit) and result.nll_BT is not None:
+                    add("documents", _by_document(split, result.nll_BT, batch))
         self._mode(training=True)
-        if not totals:
-            return {}
-        sums = self.mesh.sum(torch.stack(list(totals.values())).cpu()).tolist()
-        numbers = dict(zip(counts, self.mesh.sum(torch.stack(list(counts.values())).cpu()).tolist(), strict=True))
-        each = {name: value / max(1.0, numbers[weights[name][0]]) for name, value in zip(totals, sums, strict=True)}
+        if not weights:
+            return {}, None
+        sums = {name: self.mesh.sum(value).cpu() for name, value in sums.items()}
+        each = {
+            name: sums[f"term {name}"].item() / max(1.0, sums[f"count {over}"].item())
+            for name, (over, _) in weights.items()
+        }
         row = {f"{prefix}_loss": sum(weights[name][1] * value for name, value in each.items())}
         if self.objective.codes and split.bytes:
             # every token but the first is a target
             row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
-        if scores:
-            pairs = self.mesh.sum(torch.stack(list(scores.values())).cpu())
-            shares = (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist()
-            row |= {f"{prefix}_{name}": value for name, value in zip(scores, shares, strict=True)}
-        return row
-
-    def _predicted(self, batch: Batch) -> torch.Tensor:
-        """The likeliest next token where there is a target (B, T), -1 elsewhere, without holding all logits."""
-        where_BT = batch["next"] >= 0
-        with autocast(self.device, self.spec):
-            out = self.model(tokens_of(batch), outputs="none")
-            product = self.model.vocabulary_head().product(out.hidden[where_BT], self.model.embedding.table())  # type: ignore[operator, union-attr]
-            rows = max(1, _LOGITS // product.weight.shape[0])
-            best = [replace(product, h=h_ND).logits().argmax(-1) for h_ND in product.h.split(rows)]
-        predicted_BT = torch.full_like(batch["next"], -1)
-        predicted_BT[where_BT] = torch.cat(best)
-        return predicted_BT
+        for name, pair in sums.items():
+            kind, _, score = name.partition(" ")
+            if kind == "score":
+                row[f"{prefix}_{score}"] = (pair[0] / pair[1].clamp(min=1)).item()
+        if "documents" not in sums:
+            return row, None
+        nats, targets = sums["documents"]
+        # a document counts its share of the split's bytes by its tokens
+        size = targets * split.bytes / (split.tokens - 1)
+        return row, {"bits": (nats / math.log(2)).tolist(), "bytes": size.tolist()}
 
     def _mode(self, training: bool) -> None:
         self.model.train(training)
@@ -474,7 +494,9 @@ class Trainer:
                 began += time.perf_counter() - paused
             tested = any("test_loss" in row and row["step"] == self.step for row in self.rows)
             if self.evaluate.test and self.source.test is not None and not tested:
-                row = self.measure_split(self.source.test, "test", self.evaluate.test_blocks)
+                row, documents = self._measure(self.source.test, "test", self.evaluate.test_blocks)
+                if documents is not None and self.folder is not None and self.mesh.first:
+                    self.folder.write_documents(documents)
                 self._log({"step": self.step, **row}, progress)
         return self.rows
 

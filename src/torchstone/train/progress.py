@@ -85,6 +85,9 @@ def _text(row: Mapping[str, Any]) -> str:
         "test_loss": "test loss {:.4f}",
         "test_bits_per_byte": "test {:.4f} bits/byte",
     }
+    # what a split of its own kind measures: accuracies
+    own = [name for name in row if name.startswith(("valid_", "test_")) and name not in names]
+    names |= {name: name.replace("_", " ") + " {:.4f}" for name in own}
     return "  ".join(form.format(row[name]) for name, form in names.items() if row.get(name) is not None)
 
 

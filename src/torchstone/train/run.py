@@ -5,6 +5,7 @@ config.json            model spec and format version; valid for Hugging Face Aut
 generation_config.json, tokenizer.json, tokenizer_config.json
 model.safetensors      the weights of the newest checkpoint (model_ema.safetensors: their moving average)
 metrics.jsonl          one JSON object a row
+documents.json         bits and bytes of each document of the test split, as the last weights code it
 environment.json       versions, device, threads
 plots/                 learning curve
 state/                 what resuming needs
@@ -273,6 +274,18 @@ class RunFolder:
         model = build_model(self.model_spec, None, device, dtype)
         load_weights(model, TensorFile(path), path)
         return model.eval()
+
+    def documents(self) -> dict[str, list[float]] | None:
+        """``bits`` and ``bytes`` of each document of the test split; None where the test split has not been measured,
+        or knows no documents."""
+        path = self.path / "documents.json"
+        found: dict[str, list[float]] | None = read_json(path) if path.is_file() else None
+        return found
+
+    def write_documents(self, documents: Mapping[str, list[float]]) -> None:
+        """Keep what `documents` gives."""
+        with full_disk(self.path):
+            write_bytes(self.path / "documents.json", json.dumps(documents).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of ``metrics.jsonl``; a last line that a kill cut short is left out."""
