@@ -23,6 +23,11 @@ def _softmax(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     return total + 2 * of(layer.norm)(layer.norm, K) * spec.qk_norm
 
 
+def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    E = round(spec.value_expansion * D)
+    return 2 * D * D + 3 * D * E
+
+
 def _gated(spec: Any, D: int) -> int:
     F = spec.hidden or (8 * D // 3 + 31) // 32 * 32
     return 3 * D * F + (2 * F + D) * spec.bias
@@ -39,6 +44,9 @@ Projection = tuple[int, int, str]
 
 
 def _of_attention(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    if spec.kind == "retention":
+        E = round(spec.value_expansion * D)
+        return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
     H, G = spec.heads, spec.kv_heads or spec.heads
     K = spec.head_dim or D // H
     source = memory or D
@@ -52,6 +60,7 @@ def _of_ffn(spec: Any, D: int) -> list[Projection]:
 
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
+    ("attention", "retention"): _retention,
     ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,

@@ -152,6 +152,32 @@ def _() -> None:
         softmax_agrees_with_its_definition(spec.model_copy(update={"heads": 4}))
 
 
+@oracle("attention", "retention")
+def _() -> None:
+    for spec in specs("attention", "retention"):
+        spec = spec.model_copy(update={"heads": 4})
+        module, x = ready(spec.build(Site(width=32))), drawn(1, 11, 32)
+        by_hand = retention_by_hand(spec, module, array(x[0]))
+        same(module(x)[0][0], torch.from_numpy(by_hand), f"{spec}")
+
+
+def retention_by_hand(spec: Any, module: Any, x_TD: np.ndarray) -> np.ndarray:
+    """Retention of one sequence as a sum over pairs; eqs. 5 and 8 of Sun et al. 2023, without a rotation."""
+    H, D = spec.heads, x_TD.shape[1]
+    E = int(spec.value_expansion * D)
+    K, V = D // H, E // H
+    W = array(module.qkvg.weight)
+    q, k, v, g = (x_TD @ part.T for part in np.split(W, [D, 2 * D, 2 * D + E]))
+    out = np.zeros((len(x_TD), E))
+    for h, n in product(range(H), range(len(x_TD))):
+        decay, of_k, of_v = 1 - 2.0 ** (-5 - h), slice(h * K, (h + 1) * K), slice(h * V, (h + 1) * V)
+        y = sum(decay ** (n - m) * (q[n, of_k] @ k[m, of_k]) / math.sqrt(K) * v[m, of_v] for m in range(n + 1))
+        y = y / math.sqrt(sum(decay ** (n - m) for m in range(n + 1)))
+        y = y / math.sqrt((y**2).mean() + spec.eps)
+        out[n, of_v] = y * g[n, of_v] / (1 + np.exp(-g[n, of_v]))
+    return out @ array(module.out.weight).T
+
+
 def reach(spec: AttentionSpec, t: int, length: int, causal: bool) -> set[int]:
     """The inputs that output `t` depends on, as the kind declares it: a window, or all."""
     window = getattr(spec, "window", None) or length
@@ -200,7 +226,8 @@ def _() -> None:
     for spec in specs("position", "rotary"):
         if spec.scaling is None:
             R = int(8 * spec.fraction)
-            rotary_agrees(spec, [spec.base ** (-2 * i / R) for i in range(R // 2)], 1.0)
+            last = R // 2 - 1 if spec.inclusive else R / 2  # at which i the exponent is 1
+            rotary_agrees(spec, [spec.base ** (-i / last) for i in range(R // 2)], 1.0)
 
 
 def scaled(kind: str, frequencies: Callable[[float, int, int], float], size: float = 1.0, **fields: Any) -> None:

@@ -22,7 +22,15 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "head_dim": {"head_dim": 6, "bias": "qkv"},
         "all": {"kv_heads": 2, "window": 3, "qk_norm": True, "softcap": 3.0, "bias": "all"},
     },
-    ("position", "rotary"): {"interleaved": {"interleaved": True}, "half": {"fraction": 0.5}},
+    ("attention", "retention"): {
+        "chunks": {"form": "chunkwise", "chunk": 3, "value_expansion": 1.5},
+        "steps": {"form": "recurrent", "value_expansion": 1.0},
+    },
+    ("position", "rotary"): {
+        "interleaved": {"interleaved": True},
+        "half": {"fraction": 0.5},
+        "inclusive": {"interleaved": True, "inclusive": True},
+    },
     ("position", "t5"): {"few": {"buckets": 8, "far": 10}},
     ("scaling", "linear"): {"default": {"factor": 4.0}},
     ("scaling", "ntk"): {"default": {"factor": 4.0}},

@@ -32,7 +32,8 @@ class Slot:
             every step. fixed: computed once (keys and values of an encoder's output).
         shape: shape of one entry.
         size: entries of a ring.
-        dtype: None means the model's compute dtype; a recurrent sum usually wants float32.
+        dtype: None means the model's compute dtype; a floating one is the least that it is held in: a recurrent sum
+            usually wants float32.
         head_axis: which axis of `shape` is split across tensor-parallel ranks, None if none is.
     """
 
@@ -43,9 +44,15 @@ class Slot:
     dtype: torch.dtype | None = None
     head_axis: int | None = None
 
+    def held_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What it is held in where the model computes in `dtype`."""
+        if self.dtype is None:
+            return dtype
+        return torch.promote_types(self.dtype, dtype) if self.dtype.is_floating_point else self.dtype
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one entry: per token for a growing slot, per row for a recurrent one."""
-        return prod(self.shape) * (self.dtype or dtype).itemsize
+        return prod(self.shape) * self.held_in(dtype).itemsize
 
 
 class PartState:
@@ -319,9 +326,9 @@ def _allocate(
     if growth == "ring":
         W = slots[0].size + 1
         rings = {
-            slot.name: torch.zeros(rows, W, *slot.shape, dtype=slot.dtype or dtype, device=device) for slot in slots
+            slot.name: torch.zeros(rows, W, *slot.shape, dtype=slot.held_in(dtype), device=device) for slot in slots
         }
         return Ring({"columns": torch.full((rows, W, 3), -1, dtype=torch.int64, device=device), **rings})
     lead = (rows, extent) if growth == "growing" else (rows,)
-    tensors = {slot.name: torch.zeros(*lead, *slot.shape, dtype=slot.dtype or dtype, device=device) for slot in slots}
+    tensors = {slot.name: torch.zeros(*lead, *slot.shape, dtype=slot.held_in(dtype), device=device) for slot in slots}
     return Growing(tensors) if growth == "growing" else Recurrent(tensors)

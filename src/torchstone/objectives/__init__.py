@@ -123,7 +123,7 @@ class Objective(nn.Module):
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
         """As `forward` without a key, for measuring: an objective that scores tokens one by one gives their scores too,
         and with `predict` its likeliest tokens. Called without gradients."""
-        return self(model, batch, None)  # type: ignore[no-any-return]
+        return self(model, batch, None)
 
 
 def tokens_of(batch: Batch, ids: torch.Tensor | None = None) -> Tokens:

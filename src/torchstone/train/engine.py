@@ -352,10 +352,10 @@ class Trainer:
         if self.objective.codes and split.bytes:
             # every token but the first is a target
             row[f"{prefix}_bits_per_byte"] = each["loss"] / math.log(2) * (split.tokens - 1) / split.bytes
-        for name, pair in sums.items():
+        for name, both in sums.items():
             kind, _, score = name.partition(" ")
             if kind == "score":
-                row[f"{prefix}_{score}"] = (pair[0] / pair[1].clamp(min=1)).item()
+                row[f"{prefix}_{score}"] = (both[0] / both[1].clamp(min=1)).item()
         if "documents" not in sums:
             return row, None
         nats, targets = sums["documents"]

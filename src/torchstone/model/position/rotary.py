@@ -30,6 +30,8 @@ class RotarySpec(PositionSpec):
     """Share of each head's channels that turns."""
     interleaved: bool = False
     """Pair channels (2i, 2i + 1) as in the paper; False pairs (i, i + R/2), as published checkpoints do."""
+    inclusive: bool = False
+    """Frequencies reach 1 / base itself, as in RetNet; False ends one step before it, as in the paper."""
     scaling: Part[ScalingSpec] | None = None
     """How frequencies are stretched for long contexts."""
 
@@ -59,7 +61,8 @@ class RotaryPosition(Position):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         even = torch.arange(0, self.turned, 2, device=where_BT.device, dtype=dtype)
         # the order of operations of published code: one bit of a frequency is an angle of 1e-3 at position 10,000
-        frequencies, size = 1.0 / self.spec.base ** (even / self.turned), 1.0
+        steps = self.turned if not self.spec.inclusive else max(1, self.turned - 2)
+        frequencies, size = 1.0 / self.spec.base ** (even / steps), 1.0
         if self.spec.scaling is not None:
             frequencies, size = self.spec.scaling.stretch(frequencies, self.spec.base, self.turned, self.context)
         angle_B1TR = where_BT[:, None, :, None].to(dtype) * frequencies
