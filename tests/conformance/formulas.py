@@ -43,20 +43,27 @@ Projection = tuple[int, int, str]
 """Inputs, outputs and role of a projection or of one slice of a fused one."""
 
 
-def _of_attention(spec: Any, D: int, memory: int | None) -> list[Projection]:
-    if spec.kind == "retention":
-        E = round(spec.value_expansion * D)
-        return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
+def _of_softmax(spec: Any, D: int, memory: int | None) -> list[Projection]:
     H, G = spec.heads, spec.kv_heads or spec.heads
     K = spec.head_dim or D // H
     source = memory or D
     return [(D, H * K, "q"), (source, G * K, "k"), (source, G * K, "v"), (H * K, D, "out")]
 
 
+def _of_retention(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    E = round(spec.value_expansion * D)
+    return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
+
+
 def _of_ffn(spec: Any, D: int) -> list[Projection]:
     F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
     return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
 
+
+ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projection]]] = {
+    "softmax": _of_softmax,
+    "retention": _of_retention,
+}
 
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
@@ -92,7 +99,8 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("head", "mlm"): lambda spec, D, V, norm, E: D * E + E + of(norm)(norm, E) + V + (0 if spec.tied else V * E),
     ("head", "classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.pooler,
     ("head", "token_classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.transform,
-    ("stack", "plain"): lambda spec: 0,
+    # what a stack has besides its layers
+    ("stack", "plain"): lambda spec, layers, D: 0,
 }
 
 
@@ -109,7 +117,8 @@ def parameters(spec: TransformerSpec) -> int:
     E = getattr(spec.embedding, "size", None) or D  # of the vectors, to which positions are added
     total = of(spec.embedding)(spec.embedding, D, V) + of(spec.head)(spec.head, D, V, spec.norm, E)
     for side in ("encoder", "decoder"):
-        plan, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
+        layers, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
+        plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
         for layer in plan:
             around, _ = of(layer.residual)(layer.residual)
             joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
@@ -117,12 +126,13 @@ def parameters(spec: TransformerSpec) -> int:
             total += attentions * of(layer.attention)(layer.attention, layer, D, None)
             total += crosses * of(layer.attention)(layer.attention, layer, D, D)
             total += ffns * of(layer.ffn)(layer.ffn, D)
-            projections = attentions * _of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
-            projections += crosses * _of_attention(layer.attention, D, D)
+            of_attention = ATTENTION_PROJECTIONS[layer.attention.kind]
+            projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
+            projections += crosses * of_attention(layer.attention, D, D)
             total += of(layer.linear)(layer.linear, projections)
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
             total += of(plan[0].position)(plan[0].position, E, plan[0].attention.heads, spec.context)
-            total += of(spec.stack)(spec.stack)
+            total += of(spec.stack)(spec.stack, layers, D)
     return total

@@ -84,6 +84,7 @@ class TransformerSpec(LayerSpec, ModelSpec):
             for side, plan in self._plans.items():
                 for number, layer in enumerate(plan):
                     self._check(layer, number, side)
+                self.stack.plan(plan, self.width, side == "decoder")
             if self.vocabulary is None and not self.embedding.of_tokens and self.head.over_vocabulary:
                 raise TorchstoneError(
                     f"head {self.head.kind}: needs a vocabulary, and embedding {self.embedding.kind} "

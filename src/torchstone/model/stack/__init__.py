@@ -69,17 +69,18 @@ class StackSpec(PartSpec):
     family: ClassVar[str] = "stack"
     default_kind: ClassVar[str] = "plain"
 
-    def plan(self, layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-        """Who gets which kind and who gives what.
+    def plan(self, layers: Sequence[LayerSpec], width: int, causal: bool) -> tuple[LayerPlan, ...]:
+        """Who gets which kind and who gives what. A layer that gives passes its handoff to all later ones, up to the
+        next that gives; kinds that take one are placed here and nowhere else.
 
         Raises:
             TorchstoneError: the stack's rules forbid these layers.
         """
-        return tuple(layers)
+        return tuple(LayerPlan(layer) for layer in layers)
 
     def build(self, layers: Sequence[LayerSpec], site: Site, context: int, memory_width: int | None) -> Stack:
         """The module for these layers."""
-        return Stack(self.plan([LayerPlan(layer) for layer in layers]), site, context, memory_width)
+        return Stack(self.plan(layers, site.width, site.causal), site, context, memory_width)
 
 
 class Stack(nn.Module):
@@ -156,9 +157,11 @@ class Stack(nn.Module):
     ) -> tuple[torch.Tensor, Aux]:
         """Hidden states after the final norm (B, T, D), and the layers' sums added up."""
         aux: Aux = {}
+        given: Handoff | None = None
         for i, layer in enumerate(self.layers):
             inside = ctx.inside(f"layers.{i}")
-            x_BTD, _, more = self.run(layer, x_BTD, inside, self.layer_state(parts, i), None)
+            x_BTD, handoff, more = self.run(layer, x_BTD, inside, self.layer_state(parts, i), given)
+            given = given if handoff is None else handoff
             x_BTD, aux = inside.tap("x", x_BTD), add_aux(aux, more)
         return ctx.tap("norm", self.norm(x_BTD)), aux
 
