@@ -3,8 +3,10 @@ and the counts that their authors and model cards state."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -89,6 +91,9 @@ PUBLISHED = {
 }
 
 
+CONFIGURED = sorted(json.loads(files("torchstone.interop").joinpath("presets.json").read_text()))
+"""Presets that have a published config.json."""
+
 def built(name: str) -> Transformer:
     with torch.device("meta"):
         return preset(name).build()
@@ -100,7 +105,7 @@ def layers(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if layers(name) > 36 else []) for name in presets()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if layers(name) > 36 else []) for name in CONFIGURED]
 )
 def test_the_tensors_are_those_of_transformers_own_model(name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -132,7 +137,7 @@ def test_the_count_is_the_published_one(name: str) -> None:
     assert (body + pooler + unused if model.encoder and not model.decoder else whole) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_what_was_published_is_written_again(name: str) -> None:
     config = preset_config(name)
     written = find_layout(config["model_type"]).to_config(preset(name))
@@ -140,7 +145,7 @@ def test_what_was_published_is_written_again(name: str) -> None:
 
 
 def test_every_layout_has_presets() -> None:
-    assert {preset_config(name)["model_type"].replace("-", "_") for name in presets()} == set(layouts())
+    assert {preset_config(name)["model_type"].replace("-", "_") for name in CONFIGURED} == set(layouts())
 
 
 def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:
@@ -153,6 +158,13 @@ def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:
     with pytest.raises(TorchstoneError) as caught:
         preset("?")
     assert str(caught.value) == f"no preset '?'; presets: {', '.join(presets())}"
+
+
+@pytest.mark.parametrize("name", sorted(set(presets()) - set(CONFIGURED)))
+def test_sizes_of_a_paper_build_and_have_no_config(name: str) -> None:
+    assert built(name).spec.depth > 1
+    with pytest.raises(TorchstoneError, match="a paper's sizes, not a published config.json"):
+        preset_config(name)
 
 
 def test_a_config_can_be_changed_without_changing_the_preset() -> None:

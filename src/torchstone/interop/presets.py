@@ -3,7 +3,9 @@
     presets()                    # ["bert-base-cased", ..., "xlm-roberta-large"]
     preset("llama-3.2-1b")       # its TransformerSpec, no file and no network needed
 
-`presets.json` has what their config.json says of the model; their layout makes the spec of it, as `import` does.
+`presets.json` has what their config.json says of the model; their layout makes the spec of it, as `import` does. Models
+that a paper describes and that have no published layout are in `sizes/`, a file a paper: names, each with the fields of a
+model.
 """
 
 from __future__ import annotations
@@ -28,19 +30,32 @@ def _configs() -> dict[str, dict[str, Any]]:
     return json.loads(text)
 
 
+@functools.cache
+def _specs() -> dict[str, dict[str, Any]]:
+    from torchstone.recipe import parse_yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for file in (importlib.resources.files("torchstone.interop") / "sizes").iterdir():
+        if file.name.endswith(".yaml"):
+            found |= parse_yaml(file.read_text(encoding="utf-8"), file.name)
+    return found
+
+
 def presets() -> list[str]:
     """Names of the presets, sorted."""
-    return sorted(_configs())
+    return sorted({*_configs(), *_specs()})
 
 
 def preset_config(name: str) -> dict[str, Any]:
     """What the published config.json of a preset says of the model.
 
     Raises:
-        TorchstoneError: there is no preset of that name.
+        TorchstoneError: there is no preset of that name, or it has no config.json.
     """
+    if name in _specs():
+        raise TorchstoneError(f"preset {name}: a paper's sizes, not a published config.json")
     if name not in _configs():
-        near = nearest(name.lower(), _configs())
+        near = nearest(name.lower(), presets())
         raise TorchstoneError(f"no preset {name!r}{near or '; presets: ' + ', '.join(presets())}")
     return copy.deepcopy(_configs()[name])
 
@@ -55,5 +70,7 @@ def preset(name: str) -> TransformerSpec:
     from torchstone.model.transformer import TransformerSpec
     from torchstone.spec import validate
 
+    if name in _specs():
+        return validate(TransformerSpec, _specs()[name])
     config = preset_config(name)
     return validate(TransformerSpec, find_layout(config["model_type"]).to_spec(config))
