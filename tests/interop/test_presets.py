@@ -94,6 +94,7 @@ PUBLISHED = {
 CONFIGURED = sorted(json.loads(files("torchstone.interop").joinpath("presets.json").read_text()))
 """Presets that have a published config.json."""
 
+
 def built(name: str) -> Transformer:
     with torch.device("meta"):
         return preset(name).build()
@@ -163,7 +164,7 @@ def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:
 @pytest.mark.parametrize("name", sorted(set(presets()) - set(CONFIGURED)))
 def test_sizes_of_a_paper_build_and_have_no_config(name: str) -> None:
     assert built(name).spec.depth > 1
-    with pytest.raises(TorchstoneError, match="a paper's sizes, not a published config.json"):
+    with pytest.raises(TorchstoneError, match="a paper's sizes, not a published config"):
         preset_config(name)
 
 

@@ -4,8 +4,8 @@
     preset("llama-3.2-1b")       # its TransformerSpec, no file and no network needed
 
 `presets.json` has what their config.json says of the model; their layout makes the spec of it, as `import` does. Models
-that a paper describes and that have no published layout are in `sizes/`, a file a paper: names, each with the fields of a
-model.
+that a paper describes and that have no published layout are in `sizes/`, a file a paper: names, each with the fields of
+a model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def _configs() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _specs() -> dict[str, dict[str, Any]]:
-    from torchstone.recipe import parse_yaml
+    import yaml
 
     found: dict[str, dict[str, Any]] = {}
     for file in (importlib.resources.files("torchstone.interop") / "sizes").iterdir():
         if file.name.endswith(".yaml"):
-            found |= parse_yaml(file.read_text(encoding="utf-8"), file.name)
+            found |= yaml.safe_load(file.read_text(encoding="utf-8"))
     return found
 
 
