@@ -49,7 +49,7 @@ def train(refused: Callable[..., str], recipe: Callable[..., Path], tmp_path: Pa
 
 
 OVERRIDES = {
-    "model.attention.kind=softmx": "no attention kind 'softmx' (did you mean 'softmax'?); kinds: softmax",
+    "model.attention.kind=softmx": "no attention kind 'softmx' (did you mean 'softmax'?); kinds: ",
     "optimizer.kind=sgd": "no optimizer kind 'sgd'",
     "model.ffn.kind=../mlp": "no ffn kind '../mlp'",
     "model.wdth=4": "model: no field 'wdth' (did you mean 'width'?)",

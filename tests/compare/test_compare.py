@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torchstone
 from torchstone.compare import Metric, Options, Result, compare_functions, compare_recipes, from_axes, from_file
-from torchstone.compare.cost import Estimate
+from torchstone.compare.cost import Estimate, same_time
 from torchstone.compare.match import inner_parameters, match
 from torchstone.compare.matrix import _locked
 from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
@@ -178,6 +178,32 @@ def test_a_variant_that_diverges_is_a_result_without_a_verdict(recipe: dict[str,
 
 
 # ---------------------------------------------------------------------------------------------------- cost and fairness
+
+
+def test_a_variant_that_does_not_fit_says_what_would_and_the_rest_goes_on(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    made = from_axes(recipe, ["trainer.batch=4,1048576", "model.ffn.hidden=512"])
+    result = compare_recipes(made, tmp_path / "out", Options(seeds=(0, 1, 2)), lambda text: None)
+    assert isinstance(result, Result)
+    fits, large = result.arms
+    assert [cell["status"] for cell in fits.cells[1.0].values()] == ["done"] * 3
+    (said,) = {cell["reason"] for cell in large.cells[1.0].values()}
+    found = re.fullmatch(r"needs about [\d,.]+ GiB of memory, [\d,.]+ are there; batch (\d+) would fit", said)
+    assert found is not None and 4 < int(found[1]) < 1048576
+    assert result.verdicts()["1048576"] is None and said in result.table
+
+
+def test_equal_time_sets_the_steps_by_the_probes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    made = from_axes(recipe, ["model.depth=1,2"])
+    steps = made[0].recipe.trainer.steps
+    probes = {"1": {"seconds_per_step": 0.02}, "2": {"seconds_per_step": 0.05}}
+    first, second = same_time(made, probes)
+    assert first.recipe == made[0].recipe and second.recipe.trainer.steps == round(steps * 0.4)
+    with pytest.raises(TorchstoneError, match="--match wall needs every variant to run here"):
+        same_time(made, {**probes, "2": {"status": "memory"}})
+    result = compare_recipes(made, tmp_path / "out", Options(seeds=(0,), match="wall"), lambda text: None)
+    assert isinstance(result, Result) and "not repeatable" in result.table
 
 
 def test_a_dry_run_estimates_and_trains_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:

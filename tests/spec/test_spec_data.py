@@ -165,7 +165,7 @@ def test_dump_names_every_kind_and_is_json() -> None:
     data = json.loads(json.dumps(TransformerSpec().dump()))
     assert data["kind"] == "transformer" and data["attention"]["kind"] == "softmax"
     assert data["position"] == {
-        "kind": "rotary", "base": 10000.0, "fraction": 1.0, "interleaved": False, "scaling": None
+        "kind": "rotary", "base": 10000.0, "fraction": 1.0, "interleaved": False, "inclusive": False, "scaling": None
     }  # fmt: skip
 
 

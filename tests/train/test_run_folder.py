@@ -31,8 +31,8 @@ def test_the_files_are_those_that_the_design_lists(folder: RunFolder) -> None:
              for file in ("model.safetensors", "optimizer.safetensors", "state.json")}  # fmt: skip
     assert {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()} == {
         "recipe.yaml", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "metrics.jsonl", "environment.json", "plots/learning_curve.png", "state/LATEST",
-        *steps,
+        "tokenizer_config.json", "metrics.jsonl", "documents.json", "environment.json", "plots/learning_curve.png",
+        "state/LATEST", *steps,
     }  # fmt: skip
 
 

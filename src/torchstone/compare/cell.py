@@ -24,7 +24,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import read_json, write_json
 from torchstone.recipe import Recipe, load_recipe
 
-__all__ = ["RESULT", "answer", "finished", "probe", "run_cell", "serve"]
+__all__ = ["RESULT", "answer", "finished", "probe", "run_cell", "serve", "sized"]
 
 RESULT = "result.json"
 _PROBE_STEPS = 5
@@ -98,20 +98,41 @@ def _seconds(folder: Path) -> float:
     return float(read_json(path)) if path.is_file() else 0.0
 
 
+def sized(recipe: Recipe) -> Recipe:
+    """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
+    model: Any = recipe.model
+    if getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
+        return recipe
+    prepared: Any = recipe.data.prepare()
+    tokenizer = getattr(prepared, "tokenizer", None)
+    known = tokenizer.vocabulary if tokenizer is not None else getattr(recipe.data, "vocabulary", None)
+    sizes = {"vocabulary": known, "context": getattr(recipe.data, "block", None)}
+    patch = {name: value for name, value in sizes.items() if getattr(model, name) is None and value is not None}
+    return recipe.override({"model": patch})
+
+
 def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
     """Speed, memory and disk of a recipe, from a few steps with nothing else at work.
 
     Returns:
         seconds_per_step, tokens_per_second, startup_seconds, seconds_per_block of an evaluation and the blocks of one,
         peak_bytes above the process before the model was made, predicted_bytes, disk_bytes that
-        a cell leaves, state_bytes while it trains.
+        a cell leaves, state_bytes while it trains. Where the prediction is above the machine's memory: status "memory",
+        and the reason.
     """
     import torch
 
     from torchstone.model.measure import measure
+    from torchstone.train.environment import choose_device
     from torchstone.train.memory import training_memory
+    from torchstone.train.run import memory_of
     from torchstone.train.training import make_trainer
 
+    # asked before anything is made: a machine that runs out of memory takes other work with it
+    need, there = training_memory(sized(recipe)).peak, memory_of(choose_device(recipe.trainer.device))
+    if there is not None and need > there:
+        reason = f"needs about {need / 2**30:,.1f} GiB of memory, {there / 2**30:,.1f} are there"
+        return {"status": "memory", "reason": reason}
     began = time.perf_counter()
     idle = _forget_peak()
     # cost does not depend on the learning rate, and one at which a recipe diverges must not stop the probe
@@ -140,7 +161,7 @@ def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:
         "valid_blocks": min(valid, spec.blocks or valid),
         "test_blocks": min(test, spec.test_blocks or test),
         "peak_bytes": _peak() - idle,
-        "predicted_bytes": training_memory(resolved).peak,
+        "predicted_bytes": need,
         "disk_bytes": weights,
         "state_bytes": weights * 3 * (resolved.trainer.keep_last + 1),
         "parameters": counts.parameters,

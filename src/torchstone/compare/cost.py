@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchstone.compare.cell import sized
 from torchstone.compare.decide import LEAST_SEEDS
 from torchstone.compare.options import Options
 from torchstone.compare.pool import run_all
@@ -74,7 +75,7 @@ def _batch_that_fits(recipe: Recipe) -> int | None:
     from torchstone.train.run import memory_of
 
     there = memory_of(choose_device(recipe.trainer.device))
-    batch = recipe.trainer.batch
+    recipe, batch = sized(recipe), recipe.trainer.batch
     while there is not None and batch > 1:
         batch //= 2
         if training_memory(recipe.override({"trainer": {"batch": batch}})).peak < there:

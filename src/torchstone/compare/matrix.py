@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchstone.compare.cell import finished
+from torchstone.compare.cell import finished, sized
 from torchstone.compare.cost import Estimate, cut_to, estimate, probe_all, same_time
 from torchstone.compare.decide import LEAST_SEEDS
 from torchstone.compare.match import match
@@ -98,7 +98,7 @@ def train_variants(
     say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     variants = list(variants)
     if options.match in ("parameters", "flops"):
-        variants = match([replace(v, recipe=_sized(v.recipe)) for v in variants], options.match, options.tolerance)
+        variants = match([replace(v, recipe=sized(v.recipe)) for v in variants], options.match, options.tolerance)
     variants = [replace(v, recipe=settled(v.recipe)) for v in variants]
     folder = Path(out)
     with _locked(folder):
@@ -210,19 +210,6 @@ def settled(recipe: Recipe) -> Recipe:
         "tensorboard": False,
     }
     return recipe.override({"trainer": patch, "evaluate": {"test": True}})
-
-
-def _sized(recipe: Recipe) -> Recipe:
-    """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
-    model: Any = recipe.model
-    if getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
-        return recipe
-    prepared: Any = recipe.data.prepare()
-    tokenizer = getattr(prepared, "tokenizer", None)
-    known = tokenizer.vocabulary if tokenizer is not None else getattr(recipe.data, "vocabulary", None)
-    sizes = {"vocabulary": known, "context": getattr(recipe.data, "block", None)}
-    patch = {name: value for name, value in sizes.items() if getattr(model, name) is None and value is not None}
-    return recipe.override({"model": patch})
 
 
 @contextmanager
