@@ -29,7 +29,7 @@ def results(function: Callable[..., tuple[torch.Tensor, torch.Tensor]], made: li
     leaves = [x.clone().requires_grad_() for x in (q, k, v, g, state)]
     y, after = function(*leaves[:4], fresh, leaves[4])
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return [y, after, *torch.autograd.grad((y * weight).sum() + after.square().sum(), leaves)]
+    return [y.detach(), after.detach(), *torch.autograd.grad((y * weight).sum() + after.square().sum(), leaves)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from torchstone.ops import at_least_float32
 
-_GROUP = 64
+_GROUP = 16
 """Chunks whose running sums are one product; more go through a second level."""
 
 
