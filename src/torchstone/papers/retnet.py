@@ -162,8 +162,8 @@ _STEPS = 350
 QUALITY = Claim(
     id="as-good-at-equal-size",
     kind="behaviour",
-    text="A byte model of retention layers is at most 0.15 bits per byte (5 %) worse than a softmax Transformer with rotary "
-    "positions of the same parameters, steps and data, each at its own best learning rate.",
+    text="A byte model of retention layers is at most 0.15 bits per byte (5 %) worse than a softmax Transformer with "
+    "rotary positions of the same parameters, steps and data, each at its own best learning rate.",
     figure="perplexity below that of a Transformer from 2.7B parameters on, slightly above it at 1.3B",
     gates=(
         Effect("not worse by more than 0.15", "retention", "softmax", margin=-0.15, sabotage="retention_forgetful"),
