@@ -350,9 +350,17 @@ def last(case: Case) -> None:
     whole, end = model(tokens, **memory), model(tokens, outputs="last", **memory)
     none = model(tokens, outputs="none", **memory)
     assert none.logits is None and torch.equal(none.hidden, whole.hidden)
-    assert torch.equal(end.hidden[:, 0], whole.hidden[torch.arange(2), torch.tensor([5, 3])])
+    same(end.hidden[:, 0], whole.hidden[torch.arange(2), torch.tensor([5, 3])], "hidden states")
     if whole.logits.dim() == 3:
         same(end.logits[:, 0], whole.logits[torch.arange(2), torch.tensor([5, 3])], "logits")
+    if not case.decodes:
+        return
+    for static in (False, True):
+        state = model.state(2, 16, static=static)
+        out = model(tokens.slice(0, 3), state=state, outputs="last", **memory).hidden[:, 0]
+        same(out, whole.hidden[:, 2], f"first chunk, static={static}")
+        out = model(tokens.slice(3, 6), state=state, outputs="last").hidden[:, 0]
+        same(out, whole.hidden[torch.arange(2), torch.tensor([5, 3])], f"ragged chunk, static={static}")
 
 
 def encoded(case: Case) -> None:

@@ -5,7 +5,7 @@ A new kind that has parameters adds its formula here; the test of counts says wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchstone.model.stack import LayerSpec
@@ -26,6 +26,22 @@ def _softmax(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
 def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     E = round(spec.value_expansion * D)
     return 2 * D * D + 3 * D * E
+
+
+def _shared_kv(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    H, K = spec.heads, spec.head_dim or D // spec.heads
+    bias = H * K * (spec.bias != "none") + D * (spec.bias == "all")
+    return 2 * D * H * K + bias + of(layer.norm)(layer.norm, K) * spec.qk_norm
+
+
+def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int) -> int:
+    """One norm, keys and values."""
+    layer = layers[-1]
+    attention: Any = layer.attention
+    G, K = attention.kv_heads or attention.heads, attention.head_dim or D // attention.heads
+    norms = of(layer.norm)(layer.norm, D) + of(layer.norm)(layer.norm, K) * attention.qk_norm
+    adapted = of(layer.linear)(layer.linear, [(D, G * K, "k"), (D, G * K, "v")])
+    return norms + 2 * D * G * K + 2 * G * K * (attention.bias != "none") + adapted
 
 
 def _gated(spec: Any, D: int) -> int:
@@ -55,6 +71,15 @@ def _of_retention(spec: Any, D: int, memory: int | None) -> list[Projection]:
     return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
 
 
+def _of_gated_retention(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    return [*((D, D, role) for role in ("q", "k", "v", "gate", "out")), (D, spec.heads, "gate")]
+
+
+def _of_shared_kv(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    q, _, _, out = _of_softmax(spec, D, memory)
+    return [q, out]
+
+
 def _of_ffn(spec: Any, D: int) -> list[Projection]:
     F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
     return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
@@ -63,11 +88,15 @@ def _of_ffn(spec: Any, D: int) -> list[Projection]:
 ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projection]]] = {
     "softmax": _of_softmax,
     "retention": _of_retention,
+    "gated_retention": _of_gated_retention,
+    "shared_kv": _of_shared_kv,
 }
 
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
     ("attention", "retention"): _retention,
+    ("attention", "gated_retention"): lambda spec, layer, D, memory: 5 * D * D + D * spec.heads,
+    ("attention", "shared_kv"): _shared_kv,
     ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,
@@ -101,6 +130,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("head", "token_classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.transform,
     # what a stack has besides its layers
     ("stack", "plain"): lambda spec, layers, D: 0,
+    ("stack", "yoco"): _yoco,
 }
 
 
@@ -133,6 +163,8 @@ def parameters(spec: TransformerSpec) -> int:
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
-            total += of(plan[0].position)(plan[0].position, E, plan[0].attention.heads, spec.context)
+            heads = {(layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
+            for H, _ in heads if plan[0].position.gives == "bias" else [(0, 0)]:  # each sort of heads has a module
+                total += of(plan[0].position)(plan[0].position, E, H, spec.context)
             total += of(spec.stack)(spec.stack, layers, D)
     return total

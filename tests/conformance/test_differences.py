@@ -17,7 +17,8 @@ from torchstone.model.site import Site, initialise
 from torchstone.model.tokens import Tokens
 from torchstone.spec import resolve, validate
 
-# Where the parameters of a family lie. A block names sublayers and a residual owns how weights start.
+# Where the parameters of a family lie. A block names sublayers, a stack places attentions, and a residual owns how
+# weights start.
 HOMES = {
     "attention": r"\.(attention|cross)\.",
     "ffn": r"\.ffn\.",
@@ -26,7 +27,7 @@ HOMES = {
     "embedding": r"^embedding\.",
     "head": r"^head\.",
     "block": r"$^",
-    "stack": r"$^",
+    "stack": r"\.(attention|keys_values)\.",
     "linear": r"$^",
 }
 

@@ -178,6 +178,31 @@ def retention_by_hand(spec: Any, module: Any, x_TD: np.ndarray) -> np.ndarray:
     return out @ array(module.out.weight).T
 
 
+@oracle("attention", "gated_retention")
+def _() -> None:
+    for spec in specs("attention", "gated_retention"):
+        spec = spec.model_copy(update={"heads": 4})
+        module, x = ready(spec.build(Site(width=32))), drawn(1, 11, 32)
+        by_hand = gated_retention_by_hand(spec, module, array(x[0]))
+        same(module(x)[0][0], torch.from_numpy(by_hand), f"{spec}")
+
+
+def gated_retention_by_hand(spec: Any, module: Any, x_TD: np.ndarray) -> np.ndarray:
+    """Gated retention of one sequence as a sum over pairs; section 3.1 of Sun et al. 2024, without a rotation."""
+    H, (T, D) = spec.heads, x_TD.shape
+    K = D // H
+    q, k, v, g = (x_TD @ part.T for part in np.split(array(module.qkvg.weight), 4))
+    gamma = (1 / (1 + np.exp(-x_TD @ array(module.decay.weight).T))) ** (1 / spec.temperature)
+    out = np.zeros((T, D))
+    for h, n in product(range(H), range(T)):
+        of = slice(h * K, (h + 1) * K)
+        D_nm = [np.prod(gamma[m + 1 : n + 1, h]) for m in range(n + 1)]
+        y = sum(D_nm[m] * (q[n, of] @ k[m, of]) / math.sqrt(K) * v[m, of] for m in range(n + 1))
+        y = y / math.sqrt((y**2).mean() + spec.eps)
+        out[n, of] = y * g[n, of] / (1 + np.exp(-g[n, of]))
+    return out @ array(module.out.weight).T
+
+
 def reach(spec: AttentionSpec, t: int, length: int, causal: bool) -> set[int]:
     """The inputs that output `t` depends on, as the kind declares it: a window, or all."""
     window = getattr(spec, "window", None) or length
@@ -494,6 +519,36 @@ def _() -> None:
     for layer in model.decoder.layers:
         x = layer(x, Context.alone(x))[0]
     same(model(ids).hidden, rms(x, model.decoder.norm.weight))
+
+
+@oracle("stack", "yoco")
+def _() -> None:
+    for stack in ("yoco", "yoco_window"):
+        model, ids = Case.of(stack=stack, attention="softmax_grouped").model(depth=4), drawn_ids(1, 7)
+        decoder: Any = model.decoder
+        x = model.embedding.weight[ids]
+        for layer in decoder.layers[:2]:
+            x = layer(x, Context.alone(x, positions=decoder.positions))[0]
+        made = rms(x, decoder.keys_values.norm.weight) @ decoder.keys_values.kv.weight.T
+        for layer in decoder.layers[2:]:
+            h = rms(x, layer.attention_residual.norm.weight)[0]
+            x = x + torch.from_numpy(shared_by_hand(layer.attention, array(h), array(made[0])))
+            x = x + layer.ffn(rms(x, layer.ffn_residual.norm.weight))[0]
+        same(model(ids).hidden, rms(x, decoder.norm.weight), stack)
+
+
+def shared_by_hand(module: Any, h_TD: np.ndarray, made_TE: np.ndarray) -> np.ndarray:
+    """A cross-decoder layer of one sequence with 4 heads of 8, 2 sets of keys and values; eq. 3 of Sun et al. 2024."""
+    rotary, frequencies = resolve("position", "rotary")(), [10000 ** (-i / 4) for i in range(4)]
+    turned = lambda x, t: rotated_by_hand(rotary, x, t, frequencies, 1.0)  # noqa: E731
+    q, (k, v) = h_TD @ array(module.q.weight).T, np.split(made_TE, 2, axis=1)
+    out = np.zeros((len(h_TD), 32))
+    for t, i in product(range(len(h_TD)), range(4)):
+        mine, group = slice(8 * i, 8 * i + 8), slice(8 * (i // 2), 8 * (i // 2) + 8)
+        scores = [turned(q[t, mine], t) @ turned(k[s, group], s) / math.sqrt(8) for s in range(t + 1)]
+        e = np.exp(np.array(scores) - max(scores))
+        out[t, mine] = (e / e.sum()) @ v[: t + 1, group]
+    return out @ array(module.out.weight).T
 
 
 @oracle("embedding", "token")

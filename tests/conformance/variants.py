@@ -26,6 +26,10 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "chunks": {"form": "chunkwise", "chunk": 3, "value_expansion": 1.5},
         "steps": {"form": "recurrent", "value_expansion": 1.0},
     },
+    ("attention", "gated_retention"): {
+        "chunks": {"form": "chunkwise", "chunk": 3, "temperature": 2.0},
+        "steps": {"form": "recurrent"},
+    },
     ("position", "rotary"): {
         "interleaved": {"interleaved": True},
         "half": {"fraction": 0.5},
@@ -58,6 +62,10 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "gelu": {"pooler": True, "activation": "gelu"},
     },
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
+    ("stack", "yoco"): {
+        "window": {"self_attention": {"kind": "softmax", "heads": 4, "window": 5}},
+        "retention": {"self_layers": 1, "self_attention": {"kind": "retention", "heads": 4, "chunk": 3}},
+    },
 }
 VARIANTS["embedding", "patch"]["bare"] |= {"image": 8, "patch": 2, "channels": 2}
 

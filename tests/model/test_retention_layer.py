@@ -10,6 +10,7 @@ import torch
 import torchstone
 from torchstone.errors import TorchstoneError
 from torchstone.model.attention.retention import RetentionSpec
+from torchstone.model.context import Context
 
 FIELDS: dict[str, Any] = {
     "width": 32, "depth": 3, "vocabulary": 50,
@@ -25,7 +26,8 @@ def test_decode_state_does_not_grow_with_the_length() -> None:
 
 
 def test_decays_are_those_of_the_paper() -> None:
-    decays = torchstone.build(RetentionSpec(heads=6), width=48).part.log_decay(torch.zeros(1)).exp()
+    x = torch.zeros(1, 1, 48)
+    decays = torchstone.build(RetentionSpec(heads=6), width=48).part.log_decay(x, Context.alone(x)).exp()[0, :, 0]
     assert decays[0] == pytest.approx(0.96875) and (decays.diff() > 0).all() and (decays < 1).all()
 
 

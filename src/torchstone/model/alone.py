@@ -70,7 +70,7 @@ def alone(
         from torchstone.model.stack import LayerSpec
 
         layer = LayerSpec(attention=spec, position=position or resolve("position", "none")())
-        reason = spec.illegal(layer, width)
+        reason = spec.misplaced() or spec.illegal(layer, width)
         if reason is None and spec.causal_only and not causal:
             reason = f"attention {spec.kind} has no bidirectional form"
         if reason is not None:

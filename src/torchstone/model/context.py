@@ -131,6 +131,14 @@ class Context:
         key = None if self.key is None else noise.mix(self.key, _code(name))
         return replace(self, scope=scope, key=key)
 
+    def newest(self, at_B: torch.Tensor | None) -> Context:
+        """The context of one query a row, at column `at_B` of `q.newest`; keys stay. It has a memo of its own."""
+        newest = at_B is None and self.relation != "general"
+        slots = None
+        if self.slots is not None:
+            slots = self.slots[:, -1:] if at_B is None else self.slots.gather(1, at_B[:, None])
+        return replace(self, q=self.q.pick(at_B), relation="last" if newest else "general", slots=slots, memo={})
+
     # -- made once a forward
 
     def once(self, name: str, make: Callable[[], _T]) -> _T:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-__all__ = ["Tokens"]
+__all__ = ["Tokens", "pick"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,27 @@ class Tokens:
         """Tokens a..b (exclusive)."""
         return replace(self, **{name: value[:, a:b] for name, value in self._columns().items()})
 
-    def pick(self, at_B: torch.Tensor) -> Tokens:
-        """One token per row, at column `at_B`: (B, 1) columns."""
+    def newest(self, rows: int) -> torch.Tensor | None:
+        """Columns (B,) of the last valid token of each of `rows` rows; None where that is every row's last column."""
+        if self.valid is None:
+            return None
+        order_T = torch.arange(self.index.shape[1], device=self.index.device)
+        return torch.where(self.valid.expand(rows, -1), order_T, 0).amax(1)
+
+    def pick(self, at_B: torch.Tensor | None) -> Tokens:
+        """One token per row, at column `at_B` of `newest`: (B, 1) columns."""
+        if at_B is None:
+            return self.slice(self.index.shape[1] - 1, self.index.shape[1])
         rows = torch.arange(at_B.shape[0], device=at_B.device)
         return replace(
             self,
             **{name: value.expand(at_B.shape[0], -1)[rows, at_B][:, None] for name, value in self._columns().items()},
         )
+
+
+def pick(x_BTD: torch.Tensor, at_B: torch.Tensor | None) -> torch.Tensor:
+    """What stands at column `at_B` of each row, as `Tokens.pick` takes it: (B, 1, D)."""
+    if at_B is None:
+        # contiguous: a strided row would make the head's product one of B matrices, each with a weight of its own
+        return x_BTD[:, -1:].contiguous()
+    return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), at_B][:, None]

@@ -65,6 +65,7 @@ class TransformerSpec(LayerSpec, ModelSpec):
     """Makes it an encoder-decoder: a patch {depth: ..., attention: {...}, layers: [...]} on the decoder's parts."""
 
     _plans: dict[str, tuple[LayerSpec, ...]] = PrivateAttr(default_factory=dict)
+    _placed: dict[str, tuple[LayerSpec, ...]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _legal(self) -> TransformerSpec:
@@ -84,7 +85,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
             for side, plan in self._plans.items():
                 for number, layer in enumerate(plan):
                     self._check(layer, number, side)
-                self.stack.plan(plan, self.width, side == "decoder")
+                placed = self.stack.plan(plan, self.width, side == "decoder")
+                self._placed[side] = tuple(layer.spec for layer in placed)
             if self.vocabulary is None and not self.embedding.of_tokens and self.head.over_vocabulary:
                 raise TorchstoneError(
                     f"head {self.head.kind}: needs a vocabulary, and embedding {self.embedding.kind} "
@@ -124,11 +126,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
     def _check(self, layer: LayerSpec, number: int, side: str) -> None:
         causal = side == "decoder"
         reason = layer.illegal(self.width)
-        if layer.attention.takes:
-            reason = (
-                f"attention {layer.attention.kind} needs {', '.join(sorted(layer.attention.takes))} of another "
-                "layer; only a stack can place it"
-            )
+        if misplaced := layer.attention.misplaced():
+            reason = misplaced
         elif layer.attention.causal_only and not causal:
             reason = f"attention {layer.attention.kind} has no bidirectional form; it needs causal: true"
         elif layer.position.gives == "embedding" and layer.position != self._plans[side][0].position:
@@ -149,6 +148,10 @@ class TransformerSpec(LayerSpec, ModelSpec):
     def plan(self, side: Literal["encoder", "decoder"]) -> tuple[LayerSpec, ...]:
         """Specs of the layers of one side, patches applied; empty where there is no such side."""
         return self._plans.get(side, ())
+
+    def placed(self, side: Literal["encoder", "decoder"]) -> tuple[LayerSpec, ...]:
+        """As `plan`, with the kinds that the stack puts there."""
+        return self._placed.get(side, ())
 
     def build(self) -> Transformer:
         if self.vocabulary is None and (self.embedding.of_tokens or self.head.over_vocabulary):
@@ -270,7 +273,8 @@ class Transformer(nn.Module):
             state: decode state; the inputs are then the tokens after those it holds, padding on the right.
             mask: who may see whom; the default is causal for a decoder. With a state it must be causal.
             taps: values to record or replace.
-            outputs: logits of all positions, of the last valid token of each row, or none.
+            outputs: logits of all positions, of the last valid token of each row, or none. A stack may then leave out
+                what only other positions need.
             key: 0-dimensional int64 key of this forward's dropout; without one, nothing is dropped.
 
         Raises:
@@ -290,12 +294,12 @@ class Transformer(nn.Module):
             q, k, slots, relation = state.begin(tokens)
         ctx = Context(q, k, mask, relation, slots, self.main.positions, memory_out, taps, "", key)  # type: ignore[arg-type]
         side = "decoder" if self.decoder is not None else "encoder"
-        hidden, more = self.core(inputs, ctx, side, embeddings, None if state is None else state.parts)
+        parts, last = None if state is None else state.parts, outputs == "last"
+        hidden, more = self.core(inputs, ctx, side, embeddings, parts, last)
         if state is not None:
             state.end()
         aux = add_aux(aux, more)
-        if outputs == "last":
-            hidden, q = self._last(hidden, q)
+        q = q.pick(q.newest(hidden.shape[0])) if last else q
         logits = None if outputs == "none" else ctx.tap("logits", self.head(hidden, q, self.embedding.table()))
         return Output(hidden, logits, aux)
 
@@ -306,6 +310,7 @@ class Transformer(nn.Module):
         side: str,
         embeddings: torch.Tensor | None = None,
         parts: Mapping[str, Any] | None = None,
+        last: bool = False,
     ) -> tuple[torch.Tensor, Aux]:
         """Embedding and one stack in a given context: what an engine may compile as a whole."""
         stack = self.stacks[side]
@@ -313,7 +318,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(inputs, ctx.q, stack.added(ctx.q.where), ctx, embeddings)
         stack.prepare(ctx)
         mine = None if parts is None else {path[len(side) + 1 :]: value for path, value in parts.items()}
-        return stack(x_BTD, ctx, mine)
+        return stack(x_BTD, ctx, mine, last)
 
     def encode(
         self,
@@ -358,11 +363,11 @@ class Transformer(nn.Module):
             raise TorchstoneError("mask: decoding with a state needs a causal mask")
         side: Literal["decoder", "encoder"] = "decoder" if self.decoder is not None else "encoder"
         if mask in (CAUSAL, BIDIRECTIONAL):
-            kinds = {layer.attention for layer in self.spec.plan(side) if layer.attention.causal_only}
+            kinds = {layer.attention for layer in self.spec.placed(side) if layer.attention.causal_only}
             if mask == BIDIRECTIONAL and kinds:
                 raise TorchstoneError(f"mask: attention {next(iter(kinds)).kind} has no bidirectional form")
             return
-        for number, layer in enumerate(self.spec.plan(side)):
+        for number, layer in enumerate(self.spec.placed(side)):
             missing = mask.names - layer.attention.masks
             if missing:
                 allowed = sorted(layer.attention.masks)
@@ -371,16 +376,6 @@ class Transformer(nn.Module):
                     f"{sorted(missing)[0]!r}{nearest(sorted(missing)[0], allowed)}; it can: "
                     f"{', '.join(allowed)}"
                 )
-
-    @staticmethod
-    def _last(hidden: torch.Tensor, q: Tokens) -> tuple[torch.Tensor, Tokens]:
-        """Hidden states (B, 1, D) of each row's last valid token."""
-        if q.valid is None:
-            # contiguous: a strided row would make the head's product one of B matrices, each with a weight of its own
-            return hidden[:, -1:].contiguous(), q.slice(q.index.shape[1] - 1, q.index.shape[1])
-        order = torch.arange(q.index.shape[1], device=hidden.device)
-        at_B = torch.where(q.valid.expand(hidden.shape[0], -1), order, 0).amax(1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), at_B][:, None], q.pick(at_B)
 
     def vocabulary_head(self) -> VocabularyHead:
         """The head, for losses over the vocabulary.

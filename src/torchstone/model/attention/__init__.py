@@ -47,6 +47,11 @@ class AttentionSpec(PartSpec):
     heads: int = Field(8, ge=1)
     """Number of query heads."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether its decode state grows with the text, as `state_spec` of its module will say."""
+        return True
+
     def head_size(self, width: int) -> int:
         """Dimension of a query head."""
         return width // self.heads
@@ -56,6 +61,13 @@ class AttentionSpec(PartSpec):
         position = layer.position
         if position.gives in ("rotation", "bias") and position.gives not in self.consumes:
             return f"attention {self.kind} cannot use position {position.kind}: it has no use for a {position.gives}"
+        return None
+
+    def misplaced(self) -> str | None:
+        """Why it cannot stand where no earlier layer hands it anything; None if it can."""
+        if self.takes:
+            wanted = ", ".join(sorted(self.takes))
+            return f"attention {self.kind} needs {wanted} of another layer; only a stack can place it"
         return None
 
     def build(self, site: Site) -> Attention:

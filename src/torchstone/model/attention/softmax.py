@@ -53,6 +53,10 @@ class SoftmaxSpec(AttentionSpec):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Rate at which probabilities are dropped in training."""
 
+    @property
+    def grows(self) -> bool:
+        return self.window is None
+
     def head_size(self, width: int) -> int:
         return self.head_dim or width // self.heads
 
@@ -70,6 +74,9 @@ class SoftmaxSpec(AttentionSpec):
 class _Softmax(Attention):
     """What self- and cross-attention share: sizes, norms, and the mixing itself."""
 
+    makes_keys = True
+    """Whether it has keys of its own to normalise."""
+
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__()
         self.spec, self.causal = spec, site.causal
@@ -77,7 +84,7 @@ class _Softmax(Attention):
         self.K = spec.head_size(site.width)
         self.scale = self.K**-0.5 if spec.scale is None else spec.scale
         self.q_norm = site.norm(self.K) if spec.qk_norm else None
-        self.k_norm = site.norm(self.K) if spec.qk_norm else None
+        self.k_norm = site.norm(self.K) if spec.qk_norm and self.makes_keys else None
         self.inner_norm = site.inner_norm(self.H * self.K)
         self.gives = site.gives
         self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.bias == "all")

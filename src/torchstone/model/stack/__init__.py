@@ -1,6 +1,6 @@
 """Stack: the layers of an encoder or a decoder, and what they share.
 
-    x_BTD, aux = stack(x_BTD, ctx, parts)
+    x_BTD, aux = stack(x_BTD, ctx, parts, last)
 
 Shapes: B rows, T tokens, D width, E width of the embedding's vectors.
 """
@@ -25,6 +25,7 @@ from torchstone.model.position import Positions, PositionSpec
 from torchstone.model.residual import ResidualSpec
 from torchstone.model.site import Gives, Site
 from torchstone.model.state import PartState, Slot
+from torchstone.model.tokens import pick
 from torchstone.spec import Part, PartSpec, Spec, lazy_parts, part
 
 __all__ = ["LayerPlan", "LayerSpec", "Stack", "StackSpec"]
@@ -94,20 +95,10 @@ class Stack(nn.Module):
         self.positions = Positions(context, site.causal)
         layers: list[Block] = []
         for number, plan in enumerate(plans):
-            spec = plan.spec
-            at = replace(
-                site,
-                layer=number,
-                positions=self.positions,
-                gives=plan.gives,
-                linear_spec=spec.linear,
-                norm_spec=spec.norm,
-                position_spec=spec.position,
-                residual_spec=spec.residual,
-                # stochastic depth grows linearly with depth (Huang et al. 2016, section 3)
-                drop_path=site.drop_path * number / max(1, len(plans) - 1),
-            )
-            layers.append(spec.block.build(spec, at, memory_width))
+            # stochastic depth grows linearly with depth (Huang et al. 2016, section 3)
+            drop_path = site.drop_path * number / max(1, len(plans) - 1)
+            at = replace(self.site(plan, site), layer=number, drop_path=drop_path)
+            layers.append(plan.spec.block.build(plan.spec, at, memory_width))
         self.layers = nn.ModuleList(layers)
         last = plans[-1].spec
         self.norm = last.residual.final_norm(replace(site, norm_spec=last.norm, residual_spec=last.residual))
@@ -116,6 +107,19 @@ class Stack(nn.Module):
             wide = site.table_width or site.width
             self.absolute = self.positions.add(plans[0].spec.position, wide, 1, wide)
         self.recompute = False
+
+    def site(self, plan: LayerPlan, site: Site) -> Site:
+        """Where parts of a planned layer are built."""
+        spec = plan.spec
+        return replace(
+            site,
+            positions=self.positions,
+            gives=plan.gives,
+            linear_spec=spec.linear,
+            norm_spec=spec.norm,
+            position_spec=spec.position,
+            residual_spec=spec.residual,
+        )
 
     @property
     def blocks(self) -> list[Block]:
@@ -153,17 +157,33 @@ class Stack(nn.Module):
             layer.prepare(ctx)
 
     def forward(
-        self, x_BTD: torch.Tensor, ctx: Context, parts: Mapping[str, PartState] | None = None
+        self, x_BTD: torch.Tensor, ctx: Context, parts: Mapping[str, PartState] | None = None, last: bool = False
     ) -> tuple[torch.Tensor, Aux]:
-        """Hidden states after the final norm (B, T, D), and the layers' sums added up."""
+        """Hidden states after the final norm (B, T, D), and the layers' sums added up.
+
+        With `last`, only those of each row's last valid token (B, 1, D); layers that nothing but other positions'
+        outputs needs may then be left out for them.
+        """
+        x_BTD, aux = self.through(range(len(self.layers)), x_BTD, ctx, parts)
+        x_BTD = ctx.tap("norm", self.norm(x_BTD))
+        return (pick(x_BTD, ctx.q.newest(x_BTD.shape[0])) if last else x_BTD), aux
+
+    def through(
+        self,
+        numbers: range,
+        x_BTD: torch.Tensor,
+        ctx: Context,
+        parts: Mapping[str, PartState] | None,
+        given: Handoff | None = None,
+    ) -> tuple[torch.Tensor, Aux]:
+        """The stream after the layers of these numbers, and their sums; `given` is handed to the first."""
         aux: Aux = {}
-        given: Handoff | None = None
-        for i, layer in enumerate(self.layers):
+        for i in numbers:
             inside = ctx.inside(f"layers.{i}")
-            x_BTD, handoff, more = self.run(layer, x_BTD, inside, self.layer_state(parts, i), given)
+            x_BTD, handoff, more = self.run(self.layers[i], x_BTD, inside, self.layer_state(parts, i), given)
             given = given if handoff is None else handoff
             x_BTD, aux = inside.tap("x", x_BTD), add_aux(aux, more)
-        return ctx.tap("norm", self.norm(x_BTD)), aux
+        return x_BTD, aux
 
     def run(
         self,
