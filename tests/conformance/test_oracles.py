@@ -222,6 +222,13 @@ def test_gradient_reaches_exactly_the_declared_inputs(name: str) -> None:
             assert set(grad[0].abs().amax(-1).nonzero().flatten().tolist()) == reach(spec, t, 13, causal)
 
 
+@pytest.mark.parametrize("name", variants("attention"))
+def test_decode_state_grows_where_the_kind_says_so(name: str) -> None:
+    fields = dict(variants("attention")[name])
+    spec = validate(resolve("attention", fields.pop("kind")), {"heads": 4, **fields})
+    assert spec.grows == any(slot.growth == "growing" for slot in spec.build(Site(width=32)).state_spec())
+
+
 # ------------------------------------------------------------------------------------------------------- position
 
 

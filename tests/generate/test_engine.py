@@ -29,6 +29,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "parallel-post": {"block": "parallel", "residual": {"kind": "post", "std": 0.3}},
     "encoder_decoder": {"encoder": {"depth": 1}},
     "encoder_decoder-t5": {"encoder": {"depth": 1}, "position": "t5"},
+    "gated_retention": {"attention": {"kind": "gated_retention", "heads": 4, "chunk": 4}},
+    "yoco": {"depth": 4, "stack": {"kind": "yoco", "self_attention": {"kind": "gated_retention", "heads": 4}}},
+    "yoco-window": {
+        "stack": {"kind": "yoco", "self_attention": {"kind": "softmax", "heads": 4, "window": 5}},
+        "attention": ATTENTIONS["grouped"],
+    },
     "untied-softcapped": {"head": {"kind": "lm", "tied": False, "softcap": 20.0}},
 }
 LENGTHS, NEW = (7, 1, 12, 7, 3), 14
@@ -87,7 +93,7 @@ def test_compiled_greedy_decoding_equals_eager_for_every_part(name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", ["rotary", "window-alibi", "encoder_decoder"])
+@pytest.mark.parametrize("name", ["rotary", "window-alibi", "encoder_decoder", "yoco"])
 def test_inductor_greedy_decoding_equals_recomputing(name: str) -> None:
     model, prompts = build(**MODELS[name]), ids(*LENGTHS)
     memory = sources(model, len(prompts))

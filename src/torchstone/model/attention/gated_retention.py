@@ -2,8 +2,8 @@
 
     log decay = log sigmoid(x W) / temperature, one number a head and token
 
-Three equal forms, the norm of each head and the output gate are those of retention. A head whose decays are near one adds
-up nearly all of the past; only its norm keeps the numbers small.
+Three equal forms, the norm of each head and the output gate are those of retention. A head whose decays are near one
+adds up nearly all of the past; only its norm keeps the numbers small.
 
 Shapes: B rows, T tokens, D width, H heads.
 """
