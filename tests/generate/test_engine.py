@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "encoder_decoder": {"encoder": {"depth": 1}},
     "encoder_decoder-t5": {"encoder": {"depth": 1}, "position": "t5"},
     "gated_retention": {"attention": {"kind": "gated_retention", "heads": 4, "chunk": 4}},
-    "yoco": {"depth": 4, "stack": {"kind": "yoco", "self_attention": {"kind": "gated_retention", "heads": 4}}},
+    "yoco": {"depth": 3, "stack": {"kind": "yoco", "self_attention": {"kind": "gated_retention", "heads": 4}}},
     "yoco-window": {
         "stack": {"kind": "yoco", "self_attention": {"kind": "softmax", "heads": 4, "window": 5}},
         "attention": ATTENTIONS["grouped"],
