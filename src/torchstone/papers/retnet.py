@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchstone.model.attention import Attention
 from torchstone.model.attention.retention import Retention, RetentionSpec
+from torchstone.model.context import Context
 from torchstone.model.site import Site
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.ops.retention import retention
@@ -149,8 +150,8 @@ class UndecayedSpec(RetentionSpec):
 
 
 class _Undecayed(Retention):
-    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(super().log_decay(x), -1e-6)
+    def log_decay(self, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
+        return torch.full_like(super().log_decay(x_BTD, ctx), -1e-6)
 
 
 _PLAIN: dict[str, Any] = {
