@@ -23,6 +23,15 @@ def _softmax(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     return total + 2 * of(layer.norm)(layer.norm, K) * spec.qk_norm
 
 
+def _oracle_sparse(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    return _softmax(spec, layer, D, memory) + D * _gates(spec, D)
+
+
+def _gates(spec: Any, D: int) -> int:
+    """Of both branches."""
+    return 2 * spec.heads * ((spec.head_dim or D // spec.heads) if spec.gate == "element" else 1)
+
+
 def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     E = round(spec.value_expansion * D)
     return 2 * D * D + 3 * D * E
@@ -66,6 +75,10 @@ def _of_softmax(spec: Any, D: int, memory: int | None) -> list[Projection]:
     return [(D, H * K, "q"), (source, G * K, "k"), (source, G * K, "v"), (H * K, D, "out")]
 
 
+def _of_oracle_sparse(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    return [*_of_softmax(spec, D, memory), *[(D, _gates(spec, D) // 2, "gate")] * 2]
+
+
 def _of_retention(spec: Any, D: int, memory: int | None) -> list[Projection]:
     E = round(spec.value_expansion * D)
     return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
@@ -87,6 +100,7 @@ def _of_ffn(spec: Any, D: int) -> list[Projection]:
 
 ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projection]]] = {
     "softmax": _of_softmax,
+    "oracle_sparse": _of_oracle_sparse,
     "retention": _of_retention,
     "gated_retention": _of_gated_retention,
     "shared_kv": _of_shared_kv,
@@ -94,6 +108,7 @@ ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projectio
 
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
+    ("attention", "oracle_sparse"): _oracle_sparse,
     ("attention", "retention"): _retention,
     ("attention", "gated_retention"): lambda spec, layer, D, memory: 5 * D * D + D * spec.heads,
     ("attention", "shared_kv"): _shared_kv,
@@ -131,6 +146,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     # what a stack has besides its layers
     ("stack", "plain"): lambda spec, layers, D: 0,
     ("stack", "yoco"): _yoco,
+    ("stack", "hysparse"): lambda spec, layers, D: 0,
 }
 
 

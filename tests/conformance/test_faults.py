@@ -130,8 +130,8 @@ class Forgetful(SoftmaxAttention):
     """Dropout from torch's global generator instead of the context's key."""
 
     def mix(self, *arguments: Any) -> Any:
-        y, probs = super().mix(*arguments)
-        return F.dropout(y, 0.1), probs
+        y, *rest = super().mix(*arguments)
+        return F.dropout(y, 0.1), *rest
 
 
 class Overflowing(SoftmaxAttention):

@@ -27,6 +27,7 @@ from torchstone.model.context import Context, Memory
 from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
 from torchstone.model.tokens import Tokens
+from torchstone.ops import noise
 from torchstone.spec import PartSpec, kinds, resolve, validate
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -556,6 +557,61 @@ def shared_by_hand(module: Any, h_TD: np.ndarray, made_TE: np.ndarray) -> np.nda
         e = np.exp(np.array(scores) - max(scores))
         out[t, mine] = (e / e.sum()) @ v[: t + 1, group]
     return out @ array(module.out.weight).T
+
+
+@oracle("stack", "hysparse")
+def _() -> None:
+    for spec in specs("stack", "hysparse"):
+        spec = spec.model_copy(update={"sparse_per_full": 2, "final_full": True})
+        model = Case.of(attention="softmax_grouped", position="none", block="attention_only").model(
+            depth=5, stack=spec.dump()
+        )
+        x = array(model.embedding.weight[drawn_ids(1, 11)[0]])
+        shared, full = None, (0, 3, 4)  # every third, and the last
+        for number, layer in enumerate(model.decoder.layers):
+            module, y = layer.attention, array(layer.attention_residual.read(torch.from_numpy(x)))
+            if number in full:
+                x, shared = x + softmax_by_hand(module.spec, module, y, None, lambda t, s: s <= t), (module, y)
+            else:
+                x = x + sparse_by_hand(spec, module, y, *shared)
+        same(model(drawn_ids(1, 11)).hidden[0], rms(torch.from_numpy(x), model.decoder.norm.weight), f"{spec}")
+
+
+def sparse_by_hand(spec: Any, module: Any, x_TD: np.ndarray, giver: Any, given_TD: np.ndarray) -> np.ndarray:
+    """A sparse layer after a full one that saw `given_TD`, query by query and head by head; equations of HySparse."""
+    H, G, D, B = 4, 2, 32, spec.block
+    K, R = D // H, H // G
+
+    def projected(module: Any, x: np.ndarray) -> list[np.ndarray]:
+        q, k, v = np.split(x @ array(module.qkv.weight).T, [D, D + G * K], axis=1)
+        return [part.reshape(len(x), -1, K) for part in (q, k, v)]
+
+    def weights(q: np.ndarray, k_SK: np.ndarray) -> np.ndarray:
+        e = np.exp(k_SK @ q / math.sqrt(K))
+        return e / e.sum()
+
+    (q, k, v), (full_q, full_k, full_v) = projected(module, x_TD), projected(giver, given_TD)
+    gate = 1 / (1 + np.exp(-(x_TD @ array(module.gate.weight).T)))
+    of_sparse, of_window = (part.reshape(len(x_TD), H, -1) for part in np.split(gate, 2, axis=1))
+    out = np.zeros((len(x_TD), H, K))
+    for t, g in product(range(len(x_TD)), range(G)):
+        probs = np.array([weights(full_q[t, g * R + r], full_k[: t + 1, g]) for r in range(R)])
+        best = [probs[:, n * B : (n + 1) * B].max() for n in range(t // B + 1)]
+        if spec.selection == "random":  # whichever they are, the heads of a group share them
+            best = [float(of) for of in drawn_blocks(module, g, t, len(best))]
+        chosen = sorted(range(len(best)), key=lambda n: (-best[n], n))[: spec.top_tokens // B]
+        seen = [s for n in chosen for s in range(n * B, min(t + 1, (n + 1) * B))]
+        near = list(range(max(0, t - spec.window + 1), t + 1))
+        for h in range(g * R, (g + 1) * R):
+            out[t, h] = of_sparse[t, h] * (weights(q[t, h], full_k[seen, g]) @ full_v[seen, g])
+            out[t, h] += of_window[t, h] * (weights(q[t, h], k[near, g]) @ v[near, g])
+    return out.reshape(len(x_TD), -1) @ array(module.out.weight).T
+
+
+def drawn_blocks(module: Any, group: int, t: int, count: int) -> torch.Tensor:
+    """The uniform numbers of a query's blocks: a key of its own for each group and position."""
+    key = noise.mix(noise.mix(torch.tensor(module.draws), group), t)
+    return noise.uniform(key, count)
 
 
 @oracle("embedding", "token")

@@ -61,6 +61,25 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "pooler": {"pool": "last", "pooler": True},
         "gelu": {"pooler": True, "activation": "gelu"},
     },
+    ("stack", "hysparse"): {  # the defaults are for long sequences and more layers than two
+        "default": {"sparse_per_full": 1, "final_full": False, "block": 2, "top_tokens": 4, "window": 3},
+        "head_gate": {
+            "sparse_per_full": 2,
+            "final_full": False,
+            "block": 1,
+            "top_tokens": 3,
+            "window": 2,
+            "gate": "head",
+        },
+        "random": {
+            "sparse_per_full": 1,
+            "final_full": False,
+            "block": 3,
+            "top_tokens": 3,
+            "window": 4,
+            "selection": "random",
+        },
+    },
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
     ("stack", "yoco"): {
         "window": {"self_attention": {"kind": "softmax", "heads": 4, "window": 5}},

@@ -77,11 +77,16 @@ class Tokens:
         """One token per row, at column `at_B` of `newest`: (B, 1) columns."""
         if at_B is None:
             return self.slice(self.index.shape[1] - 1, self.index.shape[1])
-        rows = torch.arange(at_B.shape[0], device=at_B.device)
-        return replace(
-            self,
-            **{name: value.expand(at_B.shape[0], -1)[rows, at_B][:, None] for name, value in self._columns().items()},
-        )
+        return self.take(at_B[:, None, None])
+
+    def take(self, at_BGN: torch.Tensor) -> Tokens:
+        """The tokens of each row at the columns of G lists, each list a row of its own: (B * G, N) columns."""
+        B, G, _ = at_BGN.shape
+        columns = {
+            name: value.expand(B, -1)[:, None].expand(-1, G, -1).gather(-1, at_BGN).flatten(0, 1)
+            for name, value in self._columns().items()
+        }
+        return replace(self, **columns)
 
 
 def pick(x_BTD: torch.Tensor, at_B: torch.Tensor | None) -> torch.Tensor:

@@ -31,7 +31,7 @@ __all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec"]
 class SoftmaxSpec(AttentionSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
-    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs"})
+    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max"})
     crosses: ClassVar[bool] = True
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
@@ -93,12 +93,21 @@ class _Softmax(Attention):
         """(B, T, heads * K) -> (B, heads, T, K)."""
         return x_BTE.unflatten(-1, (heads, self.K)).transpose(1, 2)
 
-    def mix(
-        self, q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, low: Lowered, ctx: Context
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention and output projection: (B, T, D), and the probabilities if somebody wants them."""
-        probs, dropping = None, self.spec.dropout > 0 and ctx.key is not None
+    def attend(
+        self,
+        q_BHTK: torch.Tensor,
+        k_BGSK: torch.Tensor,
+        v_BGSK: torch.Tensor,
+        low: Lowered,
+        ctx: Context,
+        block: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Attention (B, H, T, K); the probabilities if somebody wants them; where `block` is not 0, the largest of
+        each block of keys (B, G, T, N)."""
+        probs = best = None
+        dropping = self.spec.dropout > 0 and ctx.key is not None
         arguments: dict[str, Any] = {"scale": self.scale, "softcap": self.spec.softcap}
+        blocks: dict[str, Any] = {"block": block, "first_BT": origin(ctx)} if block else {}
         if self.gives.probs or dropping or ctx.hears("probs"):
             if low.mask_of is not None:
                 if not (self.gives.probs or ctx.hears("probs")):
@@ -107,19 +116,41 @@ class _Softmax(Attention):
                         "long sequences"
                     )
                 low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])
-            y, probs, _ = kernels.attention_reference(
-                q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments
-            )
+            arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS}
+            if block:
+                y, probs, best = kernels.attention_block_max_reference(q_BHTK, k_BGSK, v_BGSK, **blocks, **arguments)
+            else:
+                y, probs, _ = kernels.attention_reference(q_BHTK, k_BGSK, v_BGSK, **arguments)
             tapped = ctx.drop(ctx.tap("probs", probs), self.spec.dropout, "probs")
             if tapped is not probs:
                 v = ops.at_least_float32(v_BGSK).repeat_interleave(self.H // self.G, dim=1)
                 y = (tapped @ v).to(v_BGSK.dtype)
+        elif block:
+            arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS, "mask_of": low.mask_of}
+            y, best = kernels.attention_block_max(q_BHTK, k_BGSK, v_BGSK, **blocks, **arguments)
         elif low.mask_of is not None:
             y = kernels.blockwise(q_BHTK, k_BGSK, v_BGSK, mask_of=low.mask_of, **arguments)
         else:
             y = kernels.attention(q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments)
-        y_BTE = ctx.tap("mixed", self.inner_norm(y.transpose(1, 2).flatten(-2)))
-        return ctx.tap("out", self.out(y_BTE)), probs
+        return y, probs, best
+
+    def joined(self, y_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """Heads side by side, and the output projection: (B, T, D)."""
+        y_BTE = ctx.tap("mixed", self.inner_norm(y_BHTK.transpose(1, 2).flatten(-2)))
+        return ctx.tap("out", self.out(y_BTE))
+
+    def mix(
+        self,
+        q_BHTK: torch.Tensor,
+        k_BGSK: torch.Tensor,
+        v_BGSK: torch.Tensor,
+        low: Lowered,
+        ctx: Context,
+        block: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As `attend`, after the output projection: (B, T, D)."""
+        y, probs, best = self.attend(q_BHTK, k_BGSK, v_BGSK, low, ctx, block)
+        return self.joined(y, ctx), probs, best
 
     def flops(self, context: int) -> float:
         return 4.0 * self.H * self.K * min(context, self.spec.window or context)
@@ -147,6 +178,8 @@ class SoftmaxAttention(_Softmax):
             ctx.rotation(self.position)
         if ctx.slots is None or not self.spec.window:
             self._lowered(ctx)
+        if self.gives.block_max:
+            origin(ctx)
 
     def forward(
         self,
@@ -156,6 +189,17 @@ class SoftmaxAttention(_Softmax):
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
+        q, k, v, keys, low = self.own(x_BTD, ctx, state)
+        gives = self.gives
+        y_BTD, probs, best = self.mix(q, k, v, low, ctx, gives.block_max)
+        if not (gives.keys_values or gives.probs or gives.block_max):
+            return y_BTD, None, {}
+        return y_BTD, Handoff(k, v, keys, probs, best, gives.block_max), {}
+
+    def own(
+        self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tokens, Lowered]:
+        """Queries, keys and values of this layer, those of its cache included, the keys' tokens, and their mask."""
         q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
         q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
         if self.q_norm is not None and self.k_norm is not None:
@@ -176,10 +220,7 @@ class SoftmaxAttention(_Softmax):
             k, v = state.write(ctx.slots, ctx.k.index.shape[1], k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             low = self._lowered(ctx)
-        q = q.to(k.dtype)
-        y_BTD, probs = self.mix(q, k, v, low, ctx)
-        handoff = Handoff(k, v, keys, probs) if self.gives.keys_values or self.gives.probs else None
-        return y_BTD, handoff, {}
+        return q.to(k.dtype), k, v, keys, low
 
 
 class CrossAttention(_Softmax):
@@ -221,10 +262,24 @@ class CrossAttention(_Softmax):
         stored = state.once(project) if isinstance(state, Fixed) else project()
         q = ctx.tap("q", q if self.q_norm is None else self.q_norm(q))
         k, v = ctx.tap("k", stored["k"]), ctx.tap("v", stored["v"])
-        y_BTD, _ = self.mix(q.to(k.dtype), k, v, self._lowered(ctx), ctx)
+        y_BTD = self.mix(q.to(k.dtype), k, v, self._lowered(ctx), ctx)[0]
         return y_BTD, None, {}
 
 
 def _undivided(q: Tokens) -> Tokens:
     """Queries without documents: all of a row reads the same memory."""
     return Tokens(q.index, valid=q.valid)
+
+
+def origin(ctx: Context) -> torch.Tensor | None:
+    """(B|1, T): where each query's blocks of keys begin: at the first token of its document, after any padding on the
+    left. None where that is 0 for all."""
+
+    def make() -> torch.Tensor | None:
+        start, valid = ctx.q.start, ctx.k.valid
+        if start is None and valid is not None:
+            start = valid.long().argmax(1, keepdim=True)
+        # a padding token before the document is one of its own
+        return None if start is None else torch.minimum(start, ctx.q.index)
+
+    return ctx.once("origin", make)

@@ -1,4 +1,5 @@
-"""Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold."""
+"""Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold, and
+`attention_block_max` where a later layer wants to know which blocks of keys mattered."""
 
 from __future__ import annotations
 
@@ -9,10 +10,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torchstone.ops import forced_reference
+from torchstone.ops.attention.block_max import block_max
 from torchstone.ops.attention.decode import decode_loops, decode_wide
-from torchstone.ops.attention.reference import attention_reference, scores_reference
+from torchstone.ops.attention.reference import attention_block_max_reference, attention_reference, scores_reference
 
-__all__ = ["attention", "attention_reference", "blockwise", "scores_reference"]
+__all__ = [
+    "attention",
+    "attention_block_max",
+    "attention_block_max_reference",
+    "attention_reference",
+    "blockwise",
+    "scores_reference",
+]
 
 
 def attention(
@@ -87,3 +96,42 @@ def blockwise(
         else:
             outs.append(one(q, k_BGSK, v_BGSV, a, b))
     return torch.cat(outs, dim=2)
+
+
+def attention_block_max(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    *,
+    scale: float,
+    block: int,
+    first_BT: torch.Tensor | None = None,
+    causal: bool = False,
+    mask_BHTS: torch.Tensor | None = None,
+    mask_of: Callable[[int, int], tuple[int, int, torch.Tensor | None]] | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (B, H, T, V) and the largest probability of each block of keys (B, G, T, N), in at least float32.
+
+    Arguments as in `attention_block_max_reference`; with `mask_of` as in `blockwise`, no T x S matrix is held. The
+    output is that of the fast kernels; scores are made a second time for the maxima, a few queries at a time.
+    """
+    if mask_of is not None:
+        out = blockwise(q_BHTK, k_BGSK, v_BGSV, mask_of=mask_of, scale=scale, softcap=softcap)
+    elif forced_reference():
+        out, _, found = attention_block_max_reference(
+            q_BHTK, k_BGSK, v_BGSV, scale=scale, block=block, first_BT=first_BT, causal=causal, mask_BHTS=mask_BHTS,
+            softcap=softcap,
+        )  # fmt: skip
+        return out, found
+    else:
+        out = attention(q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap)
+        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+
+        def mask_of(a: int, b: int) -> tuple[int, int, torch.Tensor | None]:
+            if not causal:
+                return 0, S, None if mask_BHTS is None else mask_BHTS[:, :, a:b]
+            last = S - T + b
+            return 0, last, torch.ones(1, 1, b - a, last, dtype=torch.bool, device=q_BHTK.device).tril(last - b + a)
+
+    return out, block_max(q_BHTK, k_BGSK, mask_of=mask_of, scale=scale, block=block, first_BT=first_BT, softcap=softcap)

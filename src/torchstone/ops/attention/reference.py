@@ -60,3 +60,31 @@ def attention_reference(
         probs = torch.where(torch.isneginf(lse)[..., None], 0.0, probs)
     v = at_least_float32(v_BGSV).repeat_interleave(q_BHTK.shape[1] // v_BGSV.shape[1], dim=1)
     return (probs @ v).to(v_BGSV.dtype), probs, lse
+
+
+def attention_block_max_reference(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    *,
+    scale: float,
+    block: int,
+    first_BT: torch.Tensor | None = None,
+    causal: bool = False,
+    mask_BHTS: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output and probabilities as `attention_reference`, and (B, G, T, N) the largest probability that any head of a
+    group gives to a key of each block; N is S / `block`, rounded up.
+
+    `first_BT` (B|1, T): the key at which a query's blocks begin; None is 0. No gradient passes through the maxima.
+    """
+    out, probs, _ = attention_reference(
+        q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap
+    )
+    (T, S), device = probs.shape[2:], probs.device
+    first_BT = torch.zeros(1, T, dtype=torch.int64, device=device) if first_BT is None else first_BT
+    block_BTS = torch.div(torch.arange(S, device=device) - first_BT[..., None], block, rounding_mode="floor")
+    best_BGTS = probs.detach().unflatten(1, (k_BGSK.shape[1], -1)).amax(2)
+    of_block = [torch.where((block_BTS == n)[:, None], best_BGTS, 0.0).amax(-1) for n in range(-(-S // block))]
+    return out, probs, torch.stack(of_block, -1)
