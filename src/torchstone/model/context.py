@@ -148,19 +148,26 @@ class Context:
         return self.memo[name]
 
     def lowered(
-        self, window: int | None = None, position: str | None = None, keys: Tokens | None = None, name: str = ""
+        self,
+        window: int | None = None,
+        position: str | None = None,
+        keys: Tokens | None = None,
+        name: str = "",
+        flags: bool = True,
     ) -> Lowered:
         """The mask as a kernel takes it, with a window of the layer's own and the score bias of a position module.
 
-        `keys` are the tokens of a cache with an order of its own (a ring), memoised under `name`.
+        `keys` are the tokens of a cache with an order of its own (a ring), memoised under `name`. `flags` False asks
+        for a matrix, whole or in blocks, where the layer has more to add to it.
         """
-        return self.once(f"lowered.{window}.{position}.{name}", lambda: self._lower(window, position, keys))
+        name = f"lowered.{window}.{position}.{name}.{flags}"
+        return self.once(name, lambda: self._lower(window, position, keys, flags))
 
-    def _lower(self, window: int | None, position: str | None, keys: Tokens | None) -> Lowered:
+    def _lower(self, window: int | None, position: str | None, keys: Tokens | None, flags: bool) -> Lowered:
         mask = self.mask if window is None else self.mask & Window(window)
         k, relation = (self.k, self.relation) if keys is None else (keys, "general")
         plain = position is None and k.offset is None
-        low = lower(mask, self.q, k, relation, flags=plain)
+        low = lower(mask, self.q, k, relation, flags=plain and flags)
         if plain:
             return low
 

@@ -88,7 +88,7 @@ class OracleSparse(SoftmaxAttention):
 
     def _shared(self, ctx: Context) -> Lowered:
         """The mask over the full layer's keys."""
-        return ctx.lowered(None, self.position if self.biased else None)
+        return ctx.lowered(None, self.position if self.biased else None, flags=False)
 
     def forward(
         self,
@@ -102,7 +102,7 @@ class OracleSparse(SoftmaxAttention):
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
         q, k, v, _, low = self.own(x_BTD, ctx, state)
         y_window = self.attend(q, k, v, low, ctx.inside("window"))[0]
-        q, chosen_BGTC = q.to(given.k.dtype), self.choose(given.block_max, ctx)
+        q, chosen_BGTC = q.to(given.k.dtype), ctx.tap("blocks", self.choose(given.block_max, ctx))
         sparse = self.gathered if q.shape[2] == 1 else self.masked
         k, v, low = sparse(given.k, given.v, chosen_BGTC, ctx)
         y_sparse = self.attend(q, k, v, low, ctx.inside("sparse"))[0]
@@ -180,8 +180,7 @@ class OracleSparse(SoftmaxAttention):
                 return first, last, only(allowed, a, b, first, last)
 
             return k_BGSK, v_BGSK, Lowered(mask_of=mask_of)
-        matrix = torch.ones(T, S, dtype=torch.bool, device=device).tril() if low.causal else low.matrix_B1TS
-        return k_BGSK, v_BGSK, Lowered(matrix_B1TS=only(matrix, 0, T, 0, S))
+        return k_BGSK, v_BGSK, Lowered(matrix_B1TS=only(low.matrix_B1TS, 0, T, 0, S))
 
     def flops(self, context: int) -> float:
         return super().flops(context) + 4.0 * self.H * self.K * min(context, self.spec.top_tokens)

@@ -194,6 +194,7 @@ class SoftmaxAttention(_Softmax):
         y_BTD, probs, best = self.mix(q, k, v, low, ctx, gives.block_max)
         if not (gives.keys_values or gives.probs or gives.block_max):
             return y_BTD, None, {}
+        best = None if best is None else ctx.tap("block_max", best)
         return y_BTD, Handoff(k, v, keys, probs, best, gives.block_max), {}
 
     def own(

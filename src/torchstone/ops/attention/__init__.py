@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torchstone.ops import forced_reference
-from torchstone.ops.attention.block_max import block_max
+from torchstone.ops.attention.block_max import block_maxima
 from torchstone.ops.attention.decode import decode_loops, decode_wide
 from torchstone.ops.attention.reference import attention_block_max_reference, attention_reference, scores_reference
 
@@ -134,4 +134,6 @@ def attention_block_max(
             last = S - T + b
             return 0, last, torch.ones(1, 1, b - a, last, dtype=torch.bool, device=q_BHTK.device).tril(last - b + a)
 
-    return out, block_max(q_BHTK, k_BGSK, mask_of=mask_of, scale=scale, block=block, first_BT=first_BT, softcap=softcap)
+    return out, block_maxima(
+        q_BHTK, k_BGSK, mask_of=mask_of, scale=scale, block=block, first_BT=first_BT, softcap=softcap
+    )

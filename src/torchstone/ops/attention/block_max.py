@@ -22,7 +22,7 @@ _ROWS = 256
 """Queries whose scores are held at once."""
 
 
-def block_max(
+def block_maxima(
     q_BHTK: torch.Tensor,
     k_BGSK: torch.Tensor,
     *,
