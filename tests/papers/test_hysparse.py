@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import torchstone
 from torchstone.interop.presets import preset
 from torchstone.model.measure import measure
 from torchstone.model.transformer import TransformerSpec
@@ -46,7 +45,7 @@ def test_parameters_in_closed_form(width: int, heads: int, kv_heads: int, gate: 
         "stack": {**preset(LAYOUT).stack.dump(), "gate": gate},
     }
     with torch.device("meta"):
-        model = torchstone.build(spec(**body).dump())
+        model = spec(**body).build()
     layer = 2 * D * D + 2 * D * kv_heads * K + 3 * D * F + 2 * D
     gates = 2 * D * (heads * K if gate == "element" else heads)
     assert sum(p.numel() for p in model.parameters()) == 49 * layer + 44 * gates + V * D + D
