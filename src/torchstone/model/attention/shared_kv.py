@@ -72,7 +72,7 @@ class SharedKV(_Softmax):
         q = ctx.tap("q", q if self.q_norm is None else self.q_norm(q))
         rotation = None if self.position is None else ctx.rotation(self.position)
         q = q if rotation is None else rotation.q(q)
-        y_BTD, _ = self.mix(q.to(given.k.dtype), given.k, given.v, self._lowered(ctx), ctx)
+        y_BTD = self.mix(q.to(given.k.dtype), given.k, given.v, self._lowered(ctx), ctx)[0]
         return y_BTD, None, {}
 
 
