@@ -53,6 +53,15 @@ def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int) -> int:
     return norms + 2 * D * G * K + 2 * G * K * (attention.bias != "none") + adapted
 
 
+def _mla(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    """eqs. 9 to 17: W^DQ and its norm, W^UQ (or W^Q); W^DKV and its norm, W^KR; W^UK, W^UV; W^O."""
+    norm, queries = of(layer.norm), spec.heads * (spec.nope_dim + spec.rope_dim)
+    q, C, R = spec.q_latent, spec.kv_latent, spec.rope_dim
+    of_q = D * queries if q is None else D * q + norm(layer.norm, q) + q * queries
+    of_kv = D * C + norm(layer.norm, C) + D * R + C * spec.heads * (spec.nope_dim + spec.v_dim)
+    return of_q + of_kv + spec.heads * spec.v_dim * D
+
+
 def _gated(spec: Any, D: int) -> int:
     F = spec.hidden or (8 * D // 3 + 31) // 32 * 32
     return 3 * D * F + (2 * F + D) * spec.bias
@@ -93,6 +102,14 @@ def _of_shared_kv(spec: Any, D: int, memory: int | None) -> list[Projection]:
     return [q, out]
 
 
+def _of_mla(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    H, C, q = spec.heads, spec.kv_latent, spec.q_latent
+    queries = H * (spec.nope_dim + spec.rope_dim)
+    of_q = [(D, queries, "q")] if q is None else [(D, q, "q"), (q, queries, "q")]
+    up = [(C, H * spec.nope_dim, "k"), (C, H * spec.v_dim, "v")]
+    return [*of_q, (D, C + spec.rope_dim, "k"), *up, (H * spec.v_dim, D, "out")]
+
+
 def _of_ffn(spec: Any, D: int) -> list[Projection]:
     F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
     return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
@@ -104,6 +121,7 @@ ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projectio
     "retention": _of_retention,
     "gated_retention": _of_gated_retention,
     "shared_kv": _of_shared_kv,
+    "mla": _of_mla,
 }
 
 FORMULAS: dict[tuple[str, str], Formula] = {
@@ -112,6 +130,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "retention"): _retention,
     ("attention", "gated_retention"): lambda spec, layer, D, memory: 5 * D * D + D * spec.heads,
     ("attention", "shared_kv"): _shared_kv,
+    ("attention", "mla"): _mla,
     ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchstone.keys import Key
 from torchstone.model.attention import AttentionSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
+from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
 from torchstone.model.tokens import Tokens
@@ -202,6 +204,54 @@ def gated_retention_by_hand(spec: Any, module: Any, x_TD: np.ndarray) -> np.ndar
         y = y / math.sqrt((y**2).mean() + spec.eps)
         out[n, of] = y * g[n, of] / (1 + np.exp(-g[n, of]))
     return out @ array(module.out.weight).T
+
+
+@oracle("attention", "mla")
+def _() -> None:
+    rotary = resolve("position", "rotary")(interleaved=True, base=20.0)
+    for spec, norm, turned in product(specs("attention", "mla"), ("rmsnorm", "layernorm"), (True, False)):
+        if turned and not spec.rope_dim:
+            continue
+        spec, norm_spec = spec.model_copy(update={"heads": 3}), resolve("norm", norm)()
+        positions = Positions(64, True)
+        site = Site(width=32, norm_spec=norm_spec, position_spec=rotary if turned else None, positions=positions)
+        module, x = ready(spec.build(site)), drawn(1, 11, 32)
+        for causal in (True, False):
+            by_hand = mla_by_hand(spec, norm, module, array(x[0]), rotary if turned else None, causal)
+            same(module(x, Context.alone(x, causal, positions))[0][0], torch.from_numpy(by_hand), f"{spec}, {norm}")
+
+
+def mla_by_hand(spec: Any, norm: str, module: Any, x_TD: np.ndarray, rotary: Any, causal: bool) -> np.ndarray:
+    """Latent attention of one sequence, query by query; eqs. 9 to 19 of DeepSeek-V2, keys and values of every head."""
+    H, N, R, V, C, q_latent = spec.heads, spec.nope_dim, spec.rope_dim, spec.v_dim, spec.kv_latent, spec.q_latent
+    state = {name: array(value) for name, value in module.state_dict().items()}
+    latent = SimpleNamespace(kind=norm, eps=spec.eps)
+
+    def turned(x: np.ndarray, t: int) -> np.ndarray:
+        return (
+            x if rotary is None else rotated_by_hand(rotary, x, t, [20.0 ** (-2 * i / R) for i in range(R // 2)], 1.0)
+        )
+
+    W_q, W_kv = np.split(state["qkv.weight"], [q_latent or H * (N + R)])
+    W_uk, W_uv = np.split(state["kv_up.weight"], [H * N])
+    queries, latents, rotated = [], [], []
+    for t, x in enumerate(x_TD):
+        c = W_q @ x
+        if q_latent:
+            c = state["q_up.weight"] @ normed(latent, c, state["q_norm.weight"], state.get("q_norm.bias"))
+        queries.append([(q[:N], turned(q[N:], t)) for q in c.reshape(H, N + R)])
+        latents.append(normed(latent, W_kv[:C] @ x, state["kv_norm.weight"], state.get("kv_norm.bias")))
+        rotated.append(turned(W_kv[C:] @ x, t))
+    out = np.zeros((len(x_TD), H * V))
+    for t, h in product(range(len(x_TD)), range(H)):
+        seen = range(t + 1 if causal else len(x_TD))
+        keys = [W_uk[h * N : (h + 1) * N] @ latents[s] for s in seen]
+        values = [W_uv[h * V : (h + 1) * V] @ latents[s] for s in seen]
+        nope, rope = queries[t][h]
+        scores = np.array([nope @ k + rope @ rotated[s] for s, k in zip(seen, keys, strict=True)])
+        e = np.exp((spec.scale or 1 / math.sqrt(N + R)) * scores)
+        out[t, h * V : (h + 1) * V] = (e / e.sum()) @ np.array(values)
+    return out @ state["out.weight"].T
 
 
 def reach(spec: AttentionSpec, t: int, length: int, causal: bool) -> set[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchstone.spec import kinds
 
+_MLA = {"kv_latent": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
 VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("attention", "softmax"): {
         "grouped": {"kv_heads": 2},
@@ -29,6 +30,13 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("attention", "gated_retention"): {
         "chunks": {"form": "chunkwise", "chunk": 3, "temperature": 2.0},
         "steps": {"form": "recurrent"},
+    },
+    ("attention", "mla"): {
+        "default": _MLA,
+        "q_latent": {**_MLA, "q_latent": 10, "scale": 0.5},
+        "absorbed": {**_MLA, "form": "absorbed", "q_latent": 10},
+        "naive": {**_MLA, "form": "naive", "v_dim": 12},
+        "no_rope": {**_MLA, "rope_dim": 0},
     },
     ("position", "rotary"): {
         "interleaved": {"interleaved": True},

@@ -63,7 +63,8 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
     mean = (context + 1) / 2 if causal else float(context)
     matrices = 2.0 * (active - _vectors(model))
     forward = matrices + sum(module.flops(mean) for module in attentions)  # type: ignore[operator]
-    decode = matrices + sum(module.flops(context) for module in attentions)  # type: ignore[operator]
+    # feed-forwards cost the same in both
+    decode = matrices + sum(getattr(module, "decode_flops", module.flops)(context) for module in attentions)  # type: ignore[operator]
     slots = [slot for part in model.state_spec().values() for slot in part] if hasattr(model, "state_spec") else []  # type: ignore[operator]
     growing = sum(slot.bytes(dtype) for slot in slots if slot.growth == "growing")
     fixed = sum(

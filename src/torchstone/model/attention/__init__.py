@@ -104,3 +104,7 @@ class Attention(nn.Module):
     def flops(self, context: int) -> float:
         """Multiply-adds times two per token besides the products with weights, at `context` keys."""
         return 0.0
+
+    def decode_flops(self, context: int) -> float:
+        """The same for one token after `context` others whose decode state is there."""
+        return self.flops(context)

@@ -25,7 +25,7 @@ from torchstone.ops import attention as kernels
 if TYPE_CHECKING:
     from torchstone.model.stack import LayerSpec
 
-__all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec"]
+__all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec", "mix_values"]
 
 
 class SoftmaxSpec(AttentionSpec):
@@ -102,37 +102,11 @@ class _Softmax(Attention):
         ctx: Context,
         block: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Attention (B, H, T, K); the probabilities if somebody wants them; where `block` is not 0, the largest of
-        each block of keys (B, G, T, N)."""
-        probs = best = None
-        dropping = self.spec.dropout > 0 and ctx.key is not None
-        arguments: dict[str, Any] = {"scale": self.scale, "softcap": self.spec.softcap}
-        blocks: dict[str, Any] = {"block": block, "first_BT": origin(ctx)} if block else {}
-        if self.gives.probs or dropping or ctx.hears("probs"):
-            if low.mask_of is not None:
-                if not (self.gives.probs or ctx.hears("probs")):
-                    raise TorchstoneError(
-                        f"attention.dropout: {q_BHTK.shape[2]} tokens, and it holds all probabilities; set it to 0 for "
-                        "long sequences"
-                    )
-                low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])
-            arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS}
-            if block:
-                y, probs, best = kernels.attention_block_max_reference(q_BHTK, k_BGSK, v_BGSK, **blocks, **arguments)
-            else:
-                y, probs, _ = kernels.attention_reference(q_BHTK, k_BGSK, v_BGSK, **arguments)
-            tapped = ctx.drop(ctx.tap("probs", probs), self.spec.dropout, "probs")
-            if tapped is not probs:
-                v = ops.at_least_float32(v_BGSK).repeat_interleave(self.H // self.G, dim=1)
-                y = (tapped @ v).to(v_BGSK.dtype)
-        elif block:
-            arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS, "mask_of": low.mask_of}
-            y, best = kernels.attention_block_max(q_BHTK, k_BGSK, v_BGSK, **blocks, **arguments)
-        elif low.mask_of is not None:
-            y = kernels.blockwise(q_BHTK, k_BGSK, v_BGSK, mask_of=low.mask_of, **arguments)
-        else:
-            y = kernels.attention(q_BHTK, k_BGSK, v_BGSK, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments)
-        return y, probs, best
+        """`mix_values` with this layer's scale, soft-cap and dropout."""
+        return mix_values(
+            q_BHTK, k_BGSK, v_BGSK, low, ctx, scale=self.scale, softcap=self.spec.softcap, dropout=self.spec.dropout,
+            keep=self.gives.probs, block=block,
+        )  # fmt: skip
 
     def joined(self, y_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Heads side by side, and the output projection: (B, T, D)."""
@@ -265,6 +239,57 @@ class CrossAttention(_Softmax):
         k, v = ctx.tap("k", stored["k"]), ctx.tap("v", stored["v"])
         y_BTD = self.mix(q.to(k.dtype), k, v, self._lowered(ctx), ctx)[0]
         return y_BTD, None, {}
+
+
+def mix_values(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    low: Lowered,
+    ctx: Context,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    keep: bool = False,
+    block: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Mixed values (B, H, T, V) under a lowered mask; the probabilities (B, H, T, S) if somebody listens to them or
+    `keep` asks for them; where `block` is not 0, the largest probability of each block of keys (B, G, T, N).
+    `dropout` is the rate at which probabilities are dropped.
+
+    Raises:
+        TorchstoneError: dropout, and too many tokens to hold all probabilities.
+    """
+    probs = best = None
+    dropping = dropout > 0 and ctx.key is not None
+    arguments: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    blocks: dict[str, Any] = {"block": block, "first_BT": origin(ctx)} if block else {}
+    if keep or dropping or ctx.hears("probs"):
+        if low.mask_of is not None:
+            if not (keep or ctx.hears("probs")):
+                raise TorchstoneError(
+                    f"attention.dropout: {q_BHTK.shape[2]} tokens, and it holds all probabilities; set it to 0 for "
+                    "long sequences"
+                )
+            low = Lowered(matrix_B1TS=low.mask_of(0, q_BHTK.shape[2])[2])
+        arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS}
+        if block:
+            y, probs, best = kernels.attention_block_max_reference(q_BHTK, k_BGSK, v_BGSV, **blocks, **arguments)
+        else:
+            y, probs, _ = kernels.attention_reference(q_BHTK, k_BGSK, v_BGSV, **arguments)
+        tapped = ctx.drop(ctx.tap("probs", probs), dropout, "probs")
+        if tapped is not probs:
+            v = ops.at_least_float32(v_BGSV).repeat_interleave(q_BHTK.shape[1] // v_BGSV.shape[1], dim=1)
+            y = (tapped @ v).to(v_BGSV.dtype)
+    elif block:
+        arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS, "mask_of": low.mask_of}
+        y, best = kernels.attention_block_max(q_BHTK, k_BGSK, v_BGSV, **blocks, **arguments)
+    elif low.mask_of is not None:
+        y = kernels.blockwise(q_BHTK, k_BGSK, v_BGSV, mask_of=low.mask_of, **arguments)
+    else:
+        y = kernels.attention(q_BHTK, k_BGSK, v_BGSV, causal=low.causal, mask_BHTS=low.matrix_B1TS, **arguments)
+    return y, probs, best
 
 
 def _undivided(q: Tokens) -> Tokens:

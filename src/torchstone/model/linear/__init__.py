@@ -79,6 +79,10 @@ class Linear(nn.Linear):
             for part, role in zip(parameter.split(self.slices), self.roles, strict=True):
                 self.init(part, role, generator)
 
+    def merged(self) -> torch.Tensor:
+        """The weight (O, I) of a plain projection that computes the same, where the kind is exact."""
+        return self.spec.weight(self.weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.spec.input(x), self.spec.weight(self.weight), self.bias)
 

@@ -108,8 +108,7 @@ class LoraLinear(Linear):
         return dict(zip(self.adapted, zip(a_s, b_s, strict=True), strict=True))
 
     def merged(self) -> torch.Tensor:
-        """The weight (O, I) of a plain projection that computes the same, where the frozen one is a plain product."""
-        pieces = list(self.weight.split(self.slices))
+        pieces = list(super().merged().split(self.slices))
         for i, (a_RI, b_OR) in self.slice_updates().items():
             pieces[i] = pieces[i] + self.spec.scale * (b_OR @ a_RI)
         return torch.cat(pieces)

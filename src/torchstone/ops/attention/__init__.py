@@ -60,10 +60,15 @@ def attention(
             mask_BHTS = mask_BHTS.reshape(mask_BHTS.shape[0], G, H // G, S)
         kernel = decode_wide if wide else F.scaled_dot_product_attention
         return kernel(q_BGRK, k_BGSK, v_BGSV, mask_BHTS, scale=scale).reshape(B, H, 1, -1)
+    V = v_BGSV.shape[-1]
+    if K != V:  # fused kernels take heads of one size, others hold all scores: channels of zeros change no result
+        q_BHTK, k_BGSK = F.pad(q_BHTK, (0, max(0, V - K))), F.pad(k_BGSK, (0, max(0, V - K)))
+        v_BGSV = F.pad(v_BGSV, (0, max(0, K - V)))
     if H != G:
         k_BGSK = k_BGSK.repeat_interleave(H // G, dim=1)
         v_BGSV = v_BGSV.repeat_interleave(H // G, dim=1)
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSV, mask_BHTS, is_causal=causal, scale=scale)
+    y_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSV, mask_BHTS, is_causal=causal, scale=scale)
+    return y_BHTV[..., :V]
 
 
 def blockwise(
