@@ -36,7 +36,6 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "q_latent": {**_MLA, "q_latent": 10, "scale": 0.5},
         "absorbed": {**_MLA, "form": "absorbed", "q_latent": 10},
         "naive": {**_MLA, "form": "naive", "v_dim": 12},
-        "no_rope": {**_MLA, "rope_dim": 0},
     },
     ("position", "rotary"): {
         "interleaved": {"interleaved": True},

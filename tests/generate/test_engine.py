@@ -19,6 +19,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "grouped": {"kind": "softmax", "heads": 4, "kv_heads": 2},
     "window": {"kind": "softmax", "heads": 4, "window": 5},
     "softcap": {"kind": "softmax", "heads": 4, "kv_heads": 1, "softcap": 5.0, "qk_norm": True},
+    "mla": {"kind": "mla", "heads": 4, "kv_latent": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 8},
 }
 MODELS: dict[str, dict[str, Any]] = {
     **{position: {"position": position} for position in POSITIONS},
@@ -93,7 +94,7 @@ def test_compiled_greedy_decoding_equals_eager_for_every_part(name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", ["rotary", "window-alibi", "encoder_decoder", "yoco"])
+@pytest.mark.parametrize("name", ["rotary", "window-alibi", "encoder_decoder", "yoco", "mla-rotary"])
 def test_inductor_greedy_decoding_equals_recomputing(name: str) -> None:
     model, prompts = build(**MODELS[name]), ids(*LENGTHS)
     memory = sources(model, len(prompts))
@@ -168,6 +169,28 @@ def test_prompts_read_in_chunks_equal_prompts_read_at_once(chunk: int, name: str
     memory = sources(model, len(prompts))
     whole = Engine(model, compile="off").generate(prompts, GREEDY, **memory)
     assert Engine(model, compile="off", chunk=chunk).generate(prompts, GREEDY, **memory) == whole
+
+
+def test_a_cache_of_few_bits_is_what_the_engine_decodes_with() -> None:
+    model, prompts = build(**MODELS["mla-rotary"]), ids(*LENGTHS)
+    full, few = Engine(model, compile="off"), Engine(model, compile="off", cache_bits=4)
+    assert few.generate(prompts, GREEDY) != full.generate(prompts, GREEDY)
+    for one in few.generate(prompts, Sampling(temperature=0, max_new_tokens=5)):
+        state, text, chosen = model.state(1, 64, cache_bits=4), one.prompt_ids, []
+        for _ in range(5):
+            chosen.append(int(model(torch.tensor([text]), state=state, outputs="last").logits.argmax()))
+            text = chosen[-1:]
+        assert one.ids == chosen
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+def test_a_cache_of_few_bits_compiles() -> None:
+    model, prompts = build(**MODELS["mla-rotary"]), ids(*LENGTHS)
+    compiled = Engine(model, compile="on", cache_bits=4)
+    eager = Engine(model, compile="off", cache_bits=4)
+    assert compiled.generate(prompts, GREEDY) == eager.generate(prompts, GREEDY)
+    assert compiled._compiled is not None
 
 
 def test_cache_that_grows_equals_one_that_is_large_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import torch
 from torchstone.errors import TorchstoneError
 from torchstone.model.mask import CAUSAL, Window
 from torchstone.model.site import initialise
-from torchstone.model.state import Fixed, Growing, Recurrent, Ring, Slot, State
+from torchstone.model.state import Fixed, Growing, Packed, Recurrent, Ring, Slot, State
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer, TransformerSpec
+from torchstone.ops.packed import pack, unpack
 from torchstone.spec import validate
 
 
@@ -213,3 +214,56 @@ def test_decoding_with_a_mask_that_is_not_causal_is_refused() -> None:
     built = model()
     with pytest.raises(TorchstoneError, match="needs a causal mask"):
         built(torch.zeros(1, 2, dtype=torch.int64), state=built.state(1, 4), mask=BIDIRECTIONAL)
+
+
+# ---------------------------------------------------------------------------------------------------------- few bits
+
+
+def test_a_cache_of_few_bits_holds_what_packing_makes_of_each_token() -> None:
+    state = State(
+        {"a": (Slot("k", "growing", (2, 9)), Slot("n", "growing", (3,), dtype=torch.int64))}, 2, 6, cache_bits=6
+    )
+    part = state.parts["a"]
+    assert isinstance(part, Packed)
+    slots, new = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.randn(2, 3, 2, 9)
+    k, n = part.write(slots, 6, k=new, n=torch.arange(18).view(2, 3, 3))
+    wanted = unpack(pack(new.flatten(2), 6), 18, 6, torch.float32).view(2, 3, 2, 9)
+    assert torch.equal(k[0, :3], wanted[0]) and torch.equal(k[1, 3:], wanted[1])
+    assert torch.equal(n[1, 3:], torch.arange(9, 18).view(3, 3))  # whole numbers stay as they are
+    assert state.bytes() == 2 * 6 * (2 * 12 + 3 * 8) == 2 * 6 * sum(s.bytes(torch.float32, 6) for s in state.slots["a"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_state_of_few_bits_forks_rewinds_and_grows_as_a_full_one(static: bool) -> None:
+    m, ids = model(), torch.randint(61, (2, 9))
+    state = m.state(2, 6, static=static, cache_bits=8)
+    m(ids[:, :5], state=state)
+    kept, forked = state.snapshot(), state.fork(torch.tensor([1, 0]))
+    wanted = m(ids[:, 5:6], state=state).logits
+    assert torch.equal(m(ids[:, 5:6], state=kept).logits, wanted)
+    assert torch.equal(m(ids[[1, 0], 5:6], state=forked).logits, wanted[[1, 0]])
+    state.truncate(5)
+    assert torch.equal(m(ids[:, 5:6], state=state).logits, wanted)
+    state.extend(9)
+    kept = m.state(2, 9, static=static, cache_bits=8)
+    m(ids[:, :6], state=kept)
+    after = m(ids[:, 6:], state=state).logits
+    torch.testing.assert_close(after, m(ids[:, 6:], state=kept).logits, rtol=0, atol=1e-5)
+    full = m.state(2, 9)
+    m(ids[:, :6], state=full)
+    off = (after - m(ids[:, 6:], state=full).logits).abs().max()
+    assert 0 < off < 0.02  # of logits of size 0.5
+
+
+def test_rings_and_sums_are_held_in_full_whatever_the_bits_of_caches() -> None:
+    for growth in ("ring", "recurrent"):
+        fields = {"size": 4} if growth == "ring" else {}
+        state = State({"a": (Slot("s", growth, (3,), **fields),)}, 2, 6, cache_bits=4)
+        assert state.parts["a"].tensors["s"].dtype == torch.float32 and not isinstance(state.parts["a"], Packed)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 9, 16, 6.0])
+def test_bits_that_there_are_none_of_are_refused(bits: Any) -> None:
+    with pytest.raises(TorchstoneError, match=f"state.cache_bits: from 4 to 8, or None, got {bits}"):
+        model().state(1, 4, cache_bits=bits)

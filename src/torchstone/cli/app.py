@@ -91,6 +91,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     compile: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
+    cache_bits: Annotated[int | None, typer.Option(help="Hold growing caches in 4 to 8 bits a number; lossy.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write text with a trained model: the text on stdout, all else on stderr."""
@@ -113,7 +114,7 @@ def generate(
     settings = Sampling.of_settings(folder.generation_settings())
     asked = {name: value for name, value in given.items() if value is not None}
     options = validate(Sampling, {**settings, **asked}, "generate")
-    engine = Engine.of_run(folder, device=device, precision=precision, compile=compile)
+    engine = Engine.of_run(folder, device=device, precision=precision, compile=compile, cache_bits=cache_bits)
     if as_json:
         _print_json(
             [

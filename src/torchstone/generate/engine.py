@@ -162,6 +162,7 @@ class Engine:
         start: token before everything that the decoder of an encoder-decoder writes, and what an empty prompt stands
             for; None is the tokenizer's separator.
         chunk: prompt tokens that are read at once.
+        cache_bits: bits a number, on average, that growing caches are held in; lossy. None: as `dtype` has them.
 
     Raises:
         TorchstoneError: the model cannot generate.
@@ -178,6 +179,7 @@ class Engine:
         eos: int | Iterable[int] | None = None,
         start: int | None = None,
         chunk: int = 512,
+        cache_bits: int | None = None,
     ) -> None:
         if not isinstance(model, Transformer) or model.decoder is None:
             kind = getattr(model, "kind", type(model).__name__)
@@ -186,6 +188,7 @@ class Engine:
         if compile not in get_args(Compile):
             raise TorchstoneError(f"generate: compile is one of {', '.join(get_args(Compile))}, not {compile!r}")
         self.source, self.tokenizer, self.compile, self.chunk = model, tokenizer, compile, max(1, chunk)
+        self.cache_bits = cache_bits
         weight = next(model.parameters())
         self.dtype = weight.dtype if dtype is None else dtype
         self.device = weight.device if device is None else torch.device(device)
@@ -201,7 +204,15 @@ class Engine:
         self.refresh()
 
     @classmethod
-    def of_run(cls, run: RunFolder, *, device: str = "cpu", precision: str = "fp32", compile: str = "auto") -> Engine:
+    def of_run(
+        cls,
+        run: RunFolder,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        compile: str = "auto",
+        cache_bits: int | None = None,
+    ) -> Engine:
         """The engine of a run directory's newest weights.
 
         Raises:
@@ -215,7 +226,9 @@ class Engine:
         tokenizer = run.tokenizer() if (run.path / "tokenizer.json").is_file() else None
         seq2seq = getattr(model, "encoder", None) is not None
         start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
-        return cls(model, tokenizer, compile=compile, eos=settings.get("eos_token_id"), start=start)  # type: ignore[arg-type]
+        return cls(
+            model, tokenizer, compile=compile, eos=settings.get("eos_token_id"), start=start, cache_bits=cache_bits,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def refresh(self) -> None:
         """Take the source model's present weights: needed after they changed if the engine has a copy of them, or if it
@@ -459,7 +472,7 @@ class Engine:
             source_BS, source_valid = self._padded([row.memory or [] for row in firsts])
             memory = Tokens.of(source_BS, valid=source_valid)
         T = ids_BT.shape[1]
-        state = self.model.state(len(firsts), min(need, T + _ROOM))
+        state = self.model.state(len(firsts), min(need, T + _ROOM), cache_bits=self.cache_bits)
         state.extend(state.extent + spare)
         logits_BV: torch.Tensor | None = None
         for a in range(0, T, self.chunk):

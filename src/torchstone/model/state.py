@@ -9,6 +9,7 @@ Shapes: B rows, T new tokens, S slots of a growing cache, W slots of a ring.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy as shallow
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -18,8 +19,9 @@ import torch
 from torchstone.errors import TorchstoneError
 from torchstone.model.mask import Relation
 from torchstone.model.tokens import Tokens
+from torchstone.ops.packed import BITS, pack, packed_bytes, unpack
 
-__all__ = ["Fixed", "Growing", "PartState", "Recurrent", "Ring", "Slot", "State"]
+__all__ = ["Fixed", "Growing", "Packed", "PartState", "Recurrent", "Ring", "Slot", "State"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,17 @@ class Slot:
             return dtype
         return torch.promote_types(self.dtype, dtype) if self.dtype.is_floating_point else self.dtype
 
-    def bytes(self, dtype: torch.dtype) -> int:
+    def entry(self, dtype: torch.dtype, cache_bits: int | None = None) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that one entry is held in; `cache_bits` concern growing slots of floating numbers."""
+        held = self.held_in(dtype)
+        if cache_bits is not None and self.growth == "growing" and held.is_floating_point:
+            return (packed_bytes(prod(self.shape), cache_bits),), torch.uint8
+        return self.shape, held
+
+    def bytes(self, dtype: torch.dtype, cache_bits: int | None = None) -> int:
         """Bytes of one entry: per token for a growing slot, per row for a recurrent one."""
-        return prod(self.shape) * self.held_in(dtype).itemsize
+        shape, held = self.entry(dtype, cache_bits)
+        return prod(shape) * held.itemsize
 
 
 class PartState:
@@ -84,6 +94,29 @@ class Growing(PartState):
             cache = self.tensors[name]
             cache.index_put_((rows, slots_BT), value.to(cache.dtype))
             out.append(cache[:, :longest])
+        return tuple(out)
+
+
+class Packed(Growing):
+    """A growing cache whose numbers are held in `bits` bits on average: (B, S, bytes) per slot.
+
+    What is read, also of tokens just written, is what is held. All of it is unpacked at each reading: this spares
+    memory between readings, not time.
+    """
+
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], bits: int, entries: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
+        super().__init__(tensors)
+        self.bits, self.entries = bits, entries
+
+    def write(self, slots_BT: torch.Tensor, longest: int, **new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed = {name: pack(x.flatten(2), self.bits) if name in self.entries else x for name, x in new.items()}
+        out = list(super().write(slots_BT, longest, **packed))
+        for i, name in enumerate(new):
+            if name in self.entries:
+                shape, dtype = self.entries[name]
+                out[i] = unpack(out[i], prod(shape), self.bits, dtype).unflatten(-1, shape)
         return tuple(out)
 
 
@@ -151,6 +184,10 @@ class State:
         dtype, device: of the caches.
         static: caches are always used whole, under a mask, so that a compiled step never changes shape. False: views
             end at the longest row.
+        cache_bits: bits a number, on average, that growing caches are held in; lossy. None: as `dtype` has them.
+
+    Raises:
+        TorchstoneError: `cache_bits` out of range.
     """
 
     def __init__(
@@ -161,7 +198,10 @@ class State:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         static: bool = False,
+        cache_bits: int | None = None,
     ) -> None:
+        if cache_bits is not None and (not isinstance(cache_bits, int) or cache_bits not in BITS):
+            raise TorchstoneError(f"state.cache_bits: from {BITS[0]} to {BITS[-1]}, or None, got {cache_bits!r}")
         self.slots = dict(slots)
         self.extent = extent
         self.static = static
@@ -173,7 +213,9 @@ class State:
         """Length of the longest row: known to the host, never to a part."""
         self.uniform = True
         """Whether the host knows that all rows have `longest` tokens."""
-        self.parts = {path: _allocate(part, rows, extent, dtype, device) for path, part in self.slots.items()}
+        self.parts = {
+            path: _allocate(part, rows, extent, dtype, device, cache_bits) for path, part in self.slots.items()
+        }
         self._pending: tuple[torch.Tensor, int, bool] | None = None
 
     @property
@@ -309,14 +351,19 @@ class State:
             copy.memory_tokens = replace(self.memory_tokens, **memory)
         copy.parts = {}
         for path, part in self.parts.items():
-            twin = type(part)(dict(part.tensors))
+            twin = shallow(part)
             twin.rows(change)
             copy.parts[path] = twin
         return copy
 
 
 def _allocate(
-    slots: tuple[Slot, ...], rows: int, extent: int, dtype: torch.dtype, device: torch.device | str
+    slots: tuple[Slot, ...],
+    rows: int,
+    extent: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cache_bits: int | None,
 ) -> PartState:
     growth = slots[0].growth
     if any(slot.growth != growth for slot in slots):
@@ -330,5 +377,13 @@ def _allocate(
         }
         return Ring({"columns": torch.full((rows, W, 3), -1, dtype=torch.int64, device=device), **rings})
     lead = (rows, extent) if growth == "growing" else (rows,)
-    tensors = {slot.name: torch.zeros(*lead, *slot.shape, dtype=slot.held_in(dtype), device=device) for slot in slots}
-    return Growing(tensors) if growth == "growing" else Recurrent(tensors)
+    tensors = {}
+    for slot in slots:
+        shape, held = slot.entry(dtype, cache_bits)
+        tensors[slot.name] = torch.zeros(*lead, *shape, dtype=held, device=device)
+    if growth == "recurrent":
+        return Recurrent(tensors)
+    if cache_bits is None:
+        return Growing(tensors)
+    plain = {slot.name: slot.entry(dtype) for slot in slots if slot.entry(dtype) != slot.entry(dtype, cache_bits)}
+    return Packed(tensors, cache_bits, plain)

@@ -237,17 +237,24 @@ class Transformer(nn.Module):
         """Slots by path ("decoder.layers.3.attention")."""
         return {f"decoder.{path}": slots for path, slots in self.decoder.state_spec().items()} if self.decoder else {}
 
-    def state(self, rows: int, extent: int, dtype: torch.dtype | None = None, static: bool = False) -> State:
-        """Empty decode state for `rows` rows of at most `extent` tokens.
+    def state(
+        self,
+        rows: int,
+        extent: int,
+        dtype: torch.dtype | None = None,
+        static: bool = False,
+        cache_bits: int | None = None,
+    ) -> State:
+        """Empty decode state for `rows` rows of at most `extent` tokens; the rest as of `State`.
 
         Raises:
-            TorchstoneError: the model is no decoder, or `extent` is beyond its limit.
+            TorchstoneError: the model is no decoder, `extent` is beyond its limit, or `cache_bits` out of range.
         """
         if self.decoder is None:
             raise TorchstoneError("an encoder has no decode state; generation needs causal: true")
         self.check_length(extent)
         weight = next(self.parameters())
-        return State(self.state_spec(), rows, extent, dtype or weight.dtype, weight.device, static)
+        return State(self.state_spec(), rows, extent, dtype or weight.dtype, weight.device, static, cache_bits)
 
     # -- forward
 
