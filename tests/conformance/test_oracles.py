@@ -232,7 +232,7 @@ def mla_by_hand(spec: Any, norm: str, module: Any, x_TD: np.ndarray, rotary: Any
             x if rotary is None else rotated_by_hand(rotary, x, t, [20.0 ** (-2 * i / R) for i in range(R // 2)], 1.0)
         )
 
-    W_q, W_kv = np.split(state["qkv.weight"], [q_latent or H * (N + R)])
+    W_q, W_kv = np.split(state["down.weight" if q_latent else "qkv.weight"], [q_latent or H * (N + R)])
     W_uk, W_uv = np.split(state["kv_up.weight"], [H * N])
     queries, latents, rotated = [], [], []
     for t, x in enumerate(x_TD):

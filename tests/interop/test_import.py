@@ -267,11 +267,11 @@ def test_our_own_form_loads_through_auto_map_without_an_import_of_ours(tmp_path:
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours)
 
 
-def adapted(tmp_path: Path, source: Path) -> RunFolder:
+def adapted(tmp_path: Path, source: Path, targets: tuple[str, ...]) -> RunFolder:
     base = import_run(source, tmp_path / "base")
     recipe = {**tiny.recipe(tmp_path, optimizer={"lr": 0.01}), "init_from": str(base.path)}
     del recipe["model"], recipe["data"]["tokenizer"]
-    adapt = {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": ["q", "v", "up", "out"]}
+    adapt = {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": list(targets)}
     return train({**recipe, "adapt": adapt}, out=tmp_path / "adapted", quiet=True)
 
 
@@ -281,11 +281,24 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_an_adapter_exported_to_peft_computes_the_same_and_so_does_the_merged_model(tmp_path: Path, make: Any) -> None:
+def deepseek() -> Any:
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=2, first_k_dense_replace=2,
+        num_attention_heads=4, max_position_embeddings=64, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=6,
+        qk_rope_head_dim=4, v_head_dim=5,
+    )  # fmt: skip
+    return transformers.DeepseekV2ForCausalLM(config).eval()
+
+
+# in a model type that may have experts, PEFT takes projections of dense feed-forwards for theirs
+@pytest.mark.parametrize(("make", "target"), [(llama, "up"), (gpt2, "up"), (deepseek, "k")])
+def test_an_adapter_exported_to_peft_computes_the_same_and_so_does_the_merged_model(
+    tmp_path: Path, make: Any, target: str
+) -> None:
     peft = pytest.importorskip("peft")
     source = save(tmp_path / "hf", make())
-    run = adapted(tmp_path, source)
+    run = adapted(tmp_path, source, ("q", "v", target, "out"))
     assert export_run(run, tmp_path / "adapter", to="peft") == "peft"
     base = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     ids = torch.randint(300, (2, 9))

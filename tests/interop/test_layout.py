@@ -32,6 +32,16 @@ CONFIG: dict[str, dict[str, Any]] = {
 CONFIG["qwen3"] = {**CONFIG["llama"], "head_dim": 6}
 CONFIG["qwen2"] = CONFIG["bert"] = CONFIG["roberta"] = CONFIG["xlm_roberta"] = CONFIG["llama"]
 CONFIG["mistral"] = {**CONFIG["llama"], "num_key_value_heads": 1}
+CONFIG["deepseek_v2"] = {
+    **CONFIG["llama"],
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 6,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+}
+MLA = {"kind": "mla", "heads": 2, "kv_latent": 6, "nope_dim": 4, "rope_dim": 2, "v_dim": 3}
 CONFIG["electra"] = {**CONFIG["llama"], "embedding_size": 6}
 CONFIG["mt5"] = CONFIG["t5"]
 
@@ -204,6 +214,12 @@ def test_load_state_is_strict_and_changes_nothing_that_it_refuses() -> None:
         ("qwen3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
          "qwen3 config: layer_types 'linear_attention' is not supported (did you mean 'sliding_attention'?); "
          "supported: full_attention, sliding_attention"),
+        ("deepseek_v2", {"first_k_dense_replace": 1}, "deepseek_v2 config: first_k_dense_replace 1 gives 2 of 3 layers "
+         "experts, and there is no ffn of experts; supported: 3 or more, which gives none"),
+        ("deepseek_v2", {"num_key_value_heads": 1},
+         "deepseek_v2 config: num_key_value_heads 1 is not supported; supported: 2"),
+        ("deepseek_v2", {"attention_bias": True},
+         "deepseek_v2 config: attention_bias True is not supported; supported: False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True},
          "gpt2 config: scale_attn_by_inverse_layer_idx True is not supported; supported: False"),
         ("bert", {"position_embedding_type": "relative_key"},
@@ -262,6 +278,15 @@ def test_an_option_that_the_backbone_has_not_is_one_sentence(
          "the qwen3 layout has no place for decoder.layers.2.attention.window 5; it takes 4"),
         ("gpt2", {"attention": {"kind": "softmax", "heads": 2, "bias": "all", "scale": 0.3}},
          "the gpt2 layout has no place for decoder.layers.0.attention.scale 0.3; it takes 0.5"),
+        ("deepseek_v2", {"attention": {"kind": "softmax", "heads": 2}},
+         "the deepseek_v2 layout has no place for attention softmax; it takes mla"),
+        ("deepseek_v2", {"attention": {**MLA, "scale": 0.5}},
+         "the deepseek_v2 layout has no place for attention.scale 0.5; it takes another one than 1 / sqrt(nope_dim + "
+         "rope_dim) with position.scaling yarn alone"),
+        ("deepseek_v2", {"attention": {**MLA, "eps": 1e-5}},
+         "the deepseek_v2 layout has no place for decoder.layers.0.attention.eps 1e-05; it takes 1e-06"),
+        ("deepseek_v2", {"position": {"kind": "rotary", "interleaved": False}},
+         "the deepseek_v2 layout has no place for decoder.layers.0.position.interleaved False; it takes True"),
         ("bert", {"head": {"kind": "lm"}}, "the bert layout has no place for head lm; it takes mlm or classification"),
         ("qwen2", {"attention": {"kind": "softmax", "heads": 2, "bias": "none"}},
          "the qwen2 layout has no place for decoder.layers.0.attention.bias none; it takes qkv"),
@@ -315,6 +340,30 @@ def test_sizes_left_to_the_backbone_are_written_as_numbers() -> None:
     config = find_layout("llama").to_config(spec)
     assert config["head_dim"] == 8 and config["num_key_value_heads"] == 3
     assert config["intermediate_size"] == spec.build().get_parameter("decoder.layers.0.ffn.down.weight").shape[1]
+
+
+def test_rows_of_keys_and_values_lie_head_by_head_in_a_deepseek_checkpoint() -> None:
+    _, _, model, tensors = made("deepseek_v2")
+    ours = model.get_parameter("decoder.layers.1.attention.kv_up.weight")
+    k, v = ours[:8].view(2, 4, 6), ours[8:].view(2, 3, 6)
+    theirs = tensors["model.layers.1.self_attn.kv_b_proj.weight"]
+    assert torch.equal(theirs, torch.cat([k[0], v[0], k[1], v[1]]))
+
+
+def test_a_deepseek_config_that_says_null_has_no_latent_of_queries_and_one_without_the_key_has() -> None:
+    config = {name: value for name, value in CONFIG["deepseek_v2"].items() if name != "q_lora_rank"}
+    layout = find_layout("deepseek_v2")
+    assert layout.to_spec(config)["attention"]["q_latent"] == 1536
+    assert layout.to_spec({**config, "q_lora_rank": None})["attention"]["q_latent"] is None
+
+
+def test_which_of_equal_forms_runs_does_not_hinder_writing() -> None:
+    layout = find_layout("deepseek_v2")
+    spec = layout.to_spec(CONFIG["deepseek_v2"])
+    spec["attention"] |= {"form": "naive", "scale": 6**-0.5}
+    assert layout.to_config(validate(TransformerSpec, spec)) == layout.to_config(
+        validate(TransformerSpec, layout.to_spec(CONFIG["deepseek_v2"]))
+    )
 
 
 def test_t5_tells_from_the_tensors_whether_the_head_is_tied_where_the_config_cannot() -> None:

@@ -33,6 +33,7 @@ LAYERS = {
     "mistral": "model.layers",
     "qwen2": "model.layers",
     "qwen3": "model.layers",
+    "deepseek_v2": "model.layers",
     "gpt2": "transformer.h",
     "bert": "bert.encoder.layer",
     "electra": "electra.encoder.layer",
@@ -58,6 +59,15 @@ LLAMA = {
 }
 LONG = {**LLAMA, "head_dim": 32, "max_position_embeddings": 256}
 QWEN3 = {**LLAMA, "num_hidden_layers": 4, "head_dim": 14, "rms_norm_eps": 1e-6}
+DEEPSEEK = {
+    **{name: value for name, value in LLAMA.items() if name != "num_key_value_heads"},
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
 GPT2 = {"vocab_size": 53, "n_positions": 40, "n_embd": 36, "n_layer": 3, "n_head": 3}
 BERT = {
     "vocab_size": 67,
@@ -143,6 +153,17 @@ CASES = [
     Case("mistral-no_window-tied-wide_heads", "MistralForCausalLM",
          {**LLAMA, "sliding_window": None, "tie_word_embeddings": True, "head_dim": 14}),
     Case("mistral-window-yarn", "MistralForCausalLM", {**LONG, "sliding_window": 6} | _yarn()),
+    Case("deepseek_v2-query_latent", "DeepseekV2ForCausalLM", DEEPSEEK),
+    Case("deepseek_v2-plain_queries-tied-gelu", "DeepseekV2ForCausalLM",
+         {**DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True, "hidden_act": "gelu", "v_head_dim": 20}),
+    Case("deepseek_v2-yarn", "DeepseekV2ForCausalLM",
+         {**DEEPSEEK, "qk_rope_head_dim": 32, "max_position_embeddings": 256}
+         | _yarn(mscale=0.707, mscale_all_dim=0.707)),
+    Case("deepseek_v2-yarn_with_two_temperatures", "DeepseekV2ForCausalLM",
+         {**DEEPSEEK, "q_lora_rank": None, "qk_rope_head_dim": 32, "max_position_embeddings": 256}
+         | _yarn(mscale=1.3, mscale_all_dim=0.5)),
+    Case("deepseek_v2-yarn_plain", "DeepseekV2ForCausalLM",
+         {**DEEPSEEK, "qk_rope_head_dim": 32, "max_position_embeddings": 256} | _yarn()),
     Case("gpt2-tied", "GPT2LMHeadModel", GPT2),
     Case("gpt2-untied-unscaled", "GPT2LMHeadModel",
          {**GPT2, "tie_word_embeddings": False, "n_inner": 41, "scale_attn_weights": False,
@@ -419,6 +440,11 @@ FAULTS = [
     ("qwen3-some_windows", {"layers": [{"at": [2, 3], "attention": {"window": 6}}]}),
     ("qwen2-some_windows", {"layers": [{"at": [1], "attention": {"window": 6}}]}),
     ("mistral-window", {"attention": {"window": 4}}),
+    ("deepseek_v2-query_latent", {"position": {"interleaved": False}}),
+    ("deepseek_v2-query_latent", {"attention": {"eps": 1e-4}}),
+    ("deepseek_v2-yarn", {"attention": {"scale": None}}),
+    ("deepseek_v2-yarn", {"position": {"scaling": {"temperature": None}}}),
+    ("deepseek_v2-yarn_with_two_temperatures", {"position": {"scaling": {"temperature": 1.0}}}),
     ("gpt2-tied", {"ffn": {"activation": "gelu"}}),
     ("bert-masked_lm", {"ffn": {"activation": "gelu_tanh"}}),
     ("bert-masked_lm", {"head": {"activation": "gelu_tanh"}}),
@@ -542,6 +568,7 @@ def test_a_published_mt5_config_is_untied_and_the_tensors_decide_where_it_says_o
         ("mistral", "MistralConfig", LLAMA),
         ("qwen2", "Qwen2Config", LLAMA),
         ("qwen3", "Qwen3Config", LLAMA),
+        ("deepseek_v2", "DeepseekV2Config", DEEPSEEK),
         ("gpt2", "GPT2Config", GPT2),
         ("bert", "BertConfig", BERT),
         ("electra", "ElectraConfig", BERT),
@@ -553,6 +580,7 @@ def test_a_published_mt5_config_is_untied_and_the_tensors_decide_where_it_says_o
 )
 def test_what_a_config_leaves_out_is_what_their_code_assumes(model_type: str, cls: str, least: dict[str, Any]) -> None:
     optional = {"num_key_value_heads", "rms_norm_eps", "num_decoder_layers"}
+    optional |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
     optional |= {"relative_attention_num_buckets", "relative_attention_max_distance"}
     least = {name: value for name, value in least.items() if name not in optional}
     if model_type.startswith("qwen"):  # 32 key/value heads, whatever the heads: no published config leaves it out

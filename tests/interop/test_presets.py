@@ -147,7 +147,9 @@ def test_what_was_published_is_written_again(name: str) -> None:
 
 
 def test_every_layout_has_presets() -> None:
-    assert {preset_config(name)["model_type"].replace("-", "_") for name in CONFIGURED} == set(layouts())
+    of_experts = {"deepseek_v2"}  # published in no size whose layers are all dense
+    found = {preset_config(name)["model_type"].replace("-", "_") for name in CONFIGURED}
+    assert found | of_experts == set(layouts()) and not found & of_experts
 
 
 def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:

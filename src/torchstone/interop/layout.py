@@ -31,10 +31,12 @@ from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
 
 __all__ = [
+    "HEAD_BY_HEAD",
     "PIECES",
     "TRANSPOSED",
     "Config",
     "Copy",
+    "HeadByHead",
     "Layout",
     "Model",
     "Rule",
@@ -68,6 +70,10 @@ class Pieces:
         """The shapes that theirs must have."""
         return [(size, *ours[1:]) for size in sizes]
 
+    def at(self, spec: TransformerSpec, slices: Sequence[int]) -> Pieces:
+        """The transform for a projection of this spec with these slices."""
+        return self
+
 
 class Transposed(Pieces):
     """As `Pieces`, with matrices stored (inputs, outputs)."""
@@ -82,8 +88,28 @@ class Transposed(Pieces):
         return [shape[::-1] for shape in super().shapes(ours, sizes)]
 
 
+@dataclass(frozen=True)
+class HeadByHead(Pieces):
+    """Theirs is one tensor with all our slices of the first head, then all of the second, and so on."""
+
+    heads: int = 1
+    slices: tuple[int, ...] = ()
+
+    def at(self, spec: TransformerSpec, slices: Sequence[int]) -> Pieces:
+        return HeadByHead(spec.attention.heads, tuple(slices))
+
+    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        pieces = theirs[0].unflatten(0, (self.heads, -1)).split([size // self.heads for size in self.slices], 1)
+        return torch.cat([piece.flatten(0, 1) for piece in pieces])
+
+    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        pieces = [piece.unflatten(0, (self.heads, -1)) for piece in ours.split(list(self.slices))]
+        return [torch.cat(pieces, 1).flatten(0, 1)]
+
+
 PIECES = Pieces()
 TRANSPOSED = Transposed()
+HEAD_BY_HEAD = HeadByHead()
 
 
 @dataclass(frozen=True)
@@ -208,12 +234,12 @@ class Model:
         def filled(layer: LayerSpec, block: Any) -> LayerSpec:
             attention: Any = layer.attention
             K = attention.head_size(spec.width)
-            sizes = {"head_dim": K, "kv_heads": attention.kv_heads or attention.heads}
-            scale = attention.scale or K**-0.5
+            defaults = {"head_dim": K, "kv_heads": attention.heads, "scale": K**-0.5}
+            left_open = {name: value for name, value in defaults.items() if getattr(attention, name, value) is None}
             hidden = layer.ffn.hidden or block.ffn.down.weight.shape[1]
             return layer.model_copy(
                 update={
-                    "attention": attention.model_copy(update={**sizes, "scale": scale}),
+                    "attention": attention.model_copy(update=left_open),
                     "ffn": layer.ffn.model_copy(update={"hidden": hidden}),
                 }
             )
@@ -225,7 +251,8 @@ class Model:
         return cls(spec, spec.context or 1024, side("encoder"), side("decoder"))
 
     def facts(self) -> dict[str, Any]:
-        """What the model computes, by dotted path: all that the spec says except how it starts and is trained."""
+        """What the model computes, by dotted path: all that the spec says except how it starts and is trained, and
+        which of equal forms runs."""
         spec = self.spec
         top = {name: getattr(spec, name) for name in ("vocabulary", "width", "causal")}
         parts = {name: getattr(spec, name).dump() for name in ("embedding", "head", "stack")}
@@ -243,13 +270,13 @@ _PLAIN = {
 }
 """Kinds that every layout so far has."""
 
-_TRAINING = frozenset({"dropout", "drop_path", "std", "scale_outputs"})
+_NO_FACTS = frozenset({"dropout", "drop_path", "std", "scale_outputs", "form"})
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if name not in _TRAINING:
+            if name not in _NO_FACTS:
                 yield from _flat(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
@@ -363,7 +390,8 @@ class Layout:
             shape = tuple(parameter.shape)
             holder: Any = model.get_submodule(name.rpartition(".")[0])
             sizes = shape[:1] if len(theirs) == 1 else holder.slices  # a fused projection knows its slices
-            steps.append(Step(name, shape, theirs, sizes, rule.transform))
+            transform = rule.transform.at(spec, getattr(holder, "slices", ()))
+            steps.append(Step(name, shape, theirs, sizes, transform))
         return steps
 
     def _names(self, shapes: Shapes) -> dict[str, str]:

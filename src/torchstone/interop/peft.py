@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchstone.errors import TorchstoneError
-from torchstone.interop.layout import TRANSPOSED, Layout
+from torchstone.interop.layout import TRANSPOSED, HeadByHead, Layout
 from torchstone.model.linear.lora import LoraLinear, LoraSpec
 from torchstone.model.transformer import TransformerSpec
 from torchstone.train.run import shape_of
@@ -47,14 +47,17 @@ def adapter(
         module.load_state_dict(
             {"weight": torch.empty(module.weight.shape, device="meta"), **own}, assign=True, strict=False
         )
+        transform = None if layout is None else _rule(layout, f"{path}.weight")[1]
         for theirs, slices in _modules(path, module, layout):
             a_RI, b_OR = _joined(module, slices)
             if a_RI.shape[0] == 0:
                 continue
+            if isinstance(transform, HeadByHead):  # rows of B are rows of the weight
+                (b_OR,) = transform.at(spec, module.slices).split(b_OR, (b_OR.shape[0],))
             tensors[f"base_model.model.{theirs}.lora_A.weight"] = a_RI.contiguous()
             tensors[f"base_model.model.{theirs}.lora_B.weight"] = b_OR.contiguous()
             ranks[theirs] = a_RI.shape[0]
-        transposed = transposed or (layout is not None and _rule(layout, f"{path}.weight")[1] is TRANSPOSED)
+        transposed = transposed or transform is TRANSPOSED
     lora: LoraSpec = next(iter(adapted.values())).spec
     pattern = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     base = run.recipe.init_from

@@ -20,6 +20,7 @@ __all__ = [
     "rotary_config",
     "windows_config",
     "with_windows",
+    "yarn_temperature",
 ]
 
 ACTIVATIONS = {
@@ -97,12 +98,9 @@ def _yarn(given: Config, config: Config) -> dict[str, Any]:
     original = _original(given, config)
     factor = given.get("factor", config.need("max_position_embeddings") / original)
 
-    def temperature(times: float) -> float:
-        return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     size, above, below = (given.get(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if size is None and above and below:
-        size = temperature(above) / temperature(below)
+        size = yarn_temperature(above, factor) / yarn_temperature(below, factor)
     return {
         "kind": "yarn",
         "factor": factor,
@@ -112,6 +110,11 @@ def _yarn(given: Config, config: Config) -> dict[str, Any]:
         "temperature": size,
         "truncate": given.get("truncate", True),
     }
+
+
+def yarn_temperature(times: float, factor: float) -> float:
+    """What published code makes of an `mscale` or `mscale_all_dim` of `times`."""
+    return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _original(given: Config, config: Config) -> int:

@@ -1,7 +1,7 @@
 """Llama: pre-norm decoder with grouped heads, rotary positions and a gated feed-forward (Touvron et al. 2023, arXiv
 2307.09288; Dubey et al. 2024, arXiv 2407.21783).
 
-`body`, `body_config`, `RULES` and `HEADS` serve the layouts that grew from it.
+`body`, `body_config`, `trunk_config`, `RULES` and `HEADS` serve the layouts that grew from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.interop.layout import Config, Copy, Layout, Model, Rule, Shapes
 from torchstone.interop.layouts._shared import GATES, gate_name, rotary, rotary_config
 
-__all__ = ["COPIES", "HEADS", "KINDS", "LAYOUT", "RULES", "SKIPPED", "body", "body_config"]
+__all__ = ["COPIES", "HEADS", "KINDS", "LAYOUT", "RULES", "SKIPPED", "body", "body_config", "trunk_config"]
 
 RULES = (
     Rule("embedding.weight", "model.embed_tokens.weight"),
@@ -71,6 +71,13 @@ def body(config: Config, attention: dict[str, Any]) -> dict[str, Any]:
 
 def body_config(model: Model) -> dict[str, Any]:
     """The config of a decoder of this family."""
+    attention: Any = model.decoder[0].attention
+    heads = {"num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim}
+    return {**trunk_config(model), **heads}
+
+
+def trunk_config(model: Model) -> dict[str, Any]:
+    """The config of a decoder of this family, without the sizes of its attention."""
     layer: Any = model.decoder[0]
     head: Any = model.spec.head
     return {
@@ -78,8 +85,6 @@ def body_config(model: Model) -> dict[str, Any]:
         "hidden_size": model.spec.width,
         "num_hidden_layers": len(model.decoder),
         "num_attention_heads": layer.attention.heads,
-        "num_key_value_heads": layer.attention.kv_heads,
-        "head_dim": layer.attention.head_dim,
         "intermediate_size": layer.ffn.hidden,
         "hidden_act": gate_name(layer.ffn),
         "max_position_embeddings": model.context,

@@ -89,8 +89,10 @@ class LatentAttention(Attention):
         self.scale = self.K**-0.5 if spec.scale is None else spec.scale
         self.position = site.position(self.R, self.H)
         self.biased = site.position_spec is not None and site.position_spec.gives == "bias"
-        # one product of the stream; c^KV and k^R are one slice, as they are one matrix in what is published
-        self.qkv = site.linear(site.width, (spec.q_latent or self.H * self.K, self.C + self.R), ("q", "k"))
+        # one product of the stream, named for what it gives; c^KV and k^R are one slice, as published
+        first = site.linear(site.width, (spec.q_latent or self.H * self.K, self.C + self.R), ("q", "k"))
+        self.down = first if spec.q_latent else None
+        self.qkv = None if spec.q_latent else first
         latents = replace(site, norm_spec=site.norm_spec.model_copy(update={"eps": spec.eps}))
         self.q_norm = latents.norm(spec.q_latent, before_linear=True) if spec.q_latent else None
         self.q_up = site.linear(spec.q_latent, self.H * self.K, "q") if spec.q_latent else None
@@ -119,7 +121,9 @@ class LatentAttention(Attention):
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, kv = self.qkv(x_BTD).split((self.spec.q_latent or self.H * self.K, self.C + self.R), -1)
+        first = self.qkv if self.down is None else self.down
+        assert first is not None
+        q, kv = first(x_BTD).split((self.spec.q_latent or self.H * self.K, self.C + self.R), -1)
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
         q_BHTK = ctx.tap("q", q.unflatten(-1, (self.H, self.K)).transpose(1, 2))
