@@ -122,6 +122,7 @@ ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projectio
     "gated_retention": _of_gated_retention,
     "shared_kv": _of_shared_kv,
     "mla": _of_mla,
+    "dilated": _of_softmax,
 }
 
 FORMULAS: dict[tuple[str, str], Formula] = {
@@ -131,6 +132,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "gated_retention"): lambda spec, layer, D, memory: 5 * D * D + D * spec.heads,
     ("attention", "shared_kv"): _shared_kv,
     ("attention", "mla"): _mla,
+    ("attention", "dilated"): _softmax,
     ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,

@@ -22,7 +22,6 @@ from conformance.cases import FAMILIES, Case
 from conformance.checks import drawn_ids, same
 from conformance.variants import variants
 from torchstone.keys import Key
-from torchstone.model.attention import AttentionSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
 from torchstone.model.position import Positions
@@ -254,8 +253,53 @@ def mla_by_hand(spec: Any, norm: str, module: Any, x_TD: np.ndarray, rotary: Any
     return out @ state["out.weight"].T
 
 
-def reach(spec: AttentionSpec, t: int, length: int, causal: bool) -> set[int]:
-    """The inputs that output `t` depends on, as the kind declares it: a window, or all."""
+def kept_together(spec: Any, i: int, h: int, t: int, s: int) -> bool:
+    """Whether head h of pattern i keeps both tokens of one segment; section 2.2 of Ding et al. 2023."""
+    w, r = spec.segments[i], spec.dilations[i]
+    offset = h % r if spec.offset == "mod" else h // math.ceil(spec.heads / r)
+    return t // w == s // w and (t % w - offset) % r == 0 == (s % w - offset) % r
+
+
+def dilated_by_hand(spec: Any, module: Any, x_TD: np.ndarray, causal: bool) -> np.ndarray:
+    """Dilated attention of one sequence, pair by pair: the sum of all patterns' numerators over that of their
+    denominators, which eq. 10 of Ding et al. 2023 comes to."""
+    H, G, T = spec.heads, spec.kv_heads or spec.heads, len(x_TD)
+    K = spec.head_dim or x_TD.shape[1] // H
+    state = {name: array(value) for name, value in module.state_dict().items()}
+    qkv = x_TD @ state["qkv.weight"].T + state.get("qkv.bias", 0)
+    q, k, v = (x.reshape(T, -1, K) for x in np.split(qkv, [H * K, (H + G) * K], axis=1))
+    if spec.qk_norm:
+        norm = resolve("norm", "rmsnorm")()
+        q, k = (
+            np.array([[normed(norm, head, state[f"{name}_norm.weight"]) for head in token] for token in x])
+            for name, x in (("q", q), ("k", k))
+        )
+    out = np.zeros((T, H, K))
+    for t, h in product(range(T), range(H)):
+        above, below, g = np.zeros(K), 0.0, h // (H // G)
+        for s, i in product(range(t + 1 if causal else T), range(len(spec.segments))):
+            if kept_together(spec, i, h, t, s):
+                weight = np.exp((spec.scale or K**-0.5) * (q[t, h] @ k[s, g]))
+                above, below = above + weight * v[s, g], below + weight
+        out[t, h] = above / below
+    return out.reshape(T, -1) @ state["out.weight"].T + state.get("out.bias", 0)
+
+
+@oracle("attention", "dilated")
+def _() -> None:
+    for spec, causal in product(specs("attention", "dilated"), (True, False)):
+        spec = spec.model_copy(update={"heads": 4})
+        module, x = ready(spec.build(Site(width=32, causal=causal))), drawn(1, 13, 32)
+        by_hand = dilated_by_hand(spec, module, array(x[0]), causal)
+        same(module(x)[0][0], torch.from_numpy(by_hand), f"{spec}, causal={causal}")
+
+
+def reach(spec: Any, t: int, length: int, causal: bool) -> set[int]:
+    """The inputs that output `t` depends on, as the kind declares it: segments, a window, or all."""
+    if spec.kind == "dilated":
+        patterns = product(range(len(spec.segments)), range(spec.heads))
+        seen = {s for i, h in patterns for s in range(length) if kept_together(spec, i, h, t, s)}
+        return {s for s in seen if s <= t or not causal}
     window = getattr(spec, "window", None) or length
     return set(range(max(0, t - window + 1), t + 1 if causal else min(length, t + window)))
 

@@ -37,6 +37,18 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "absorbed": {**_MLA, "form": "absorbed", "q_latent": 10},
         "naive": {**_MLA, "form": "naive", "v_dim": 12},
     },
+    ("attention", "dilated"): {
+        "mod": {"segments": [4, 8, 64], "dilations": [1, 2, 3]},
+        "block": {
+            "segments": [3, 5, 10],
+            "dilations": [1, 2, 2],
+            "offset": "block",
+            "kv_heads": 2,
+            "head_dim": 6,
+            "scale": 1.0,
+        },
+        "mix_gradient": {"segments": [3, 9], "dilations": [1, 3], "mix_gradient": True, "qk_norm": True, "bias": "all"},
+    },
     ("position", "rotary"): {
         "interleaved": {"interleaved": True},
         "half": {"fraction": 0.5},

@@ -77,16 +77,15 @@ class Tokens:
         """One token per row, at column `at_B` of `newest`: (B, 1) columns."""
         if at_B is None:
             return self.slice(self.index.shape[1] - 1, self.index.shape[1])
-        return self.take(at_B[:, None, None])
+        return self.take(torch.arange(at_B.shape[0], device=at_B.device), at_B[:, None])
 
-    def take(self, at_BGN: torch.Tensor) -> Tokens:
-        """The tokens of each row at the columns of G lists, each list a row of its own: (B * G, N) columns."""
-        B, G, _ = at_BGN.shape
-        columns = {
-            name: value.expand(B, -1)[:, None].expand(-1, G, -1).gather(-1, at_BGN).flatten(0, 1)
+    def take(self, row_N: torch.Tensor, at_NC: torch.Tensor) -> Tokens:
+        """Tokens at columns `at_NC` of rows `row_N`: (N, C) columns."""
+        found = {
+            name: value[:, at_NC][0] if value.shape[0] == 1 else value[row_N[:, None], at_NC]
             for name, value in self._columns().items()
         }
-        return replace(self, **columns)
+        return replace(self, **found)
 
 
 def pick(x_BTD: torch.Tensor, at_B: torch.Tensor | None) -> torch.Tensor:

@@ -141,8 +141,9 @@ class OracleSparse(SoftmaxAttention):
         at_BGC = index_BGC.clamp(max=S - 1)  # what lies beyond is in the future, and masked by its index
         rows, groups = torch.arange(B, device=device)[:, None, None], torch.arange(G, device=device)[:, None]
         # each group of a row sees keys of its own: to the mask it is a row
-        q = ctx.q.take(torch.zeros(B, G, 1, dtype=torch.int64, device=device))
-        keys = replace(ctx.k.take(at_BGC), index=index_BGC.flatten(0, 1))
+        row_N = torch.arange(B, device=device).repeat_interleave(G)
+        q = ctx.q.take(row_N, torch.zeros(B * G, 1, dtype=torch.int64, device=device))
+        keys = replace(ctx.k.take(row_N, at_BGC.flatten(0, 1)), index=index_BGC.flatten(0, 1))
         matrix = self._shared(replace(ctx, q=q, k=keys, relation="general", memo={})).matrix_B1TS
         if matrix is not None:
             by_group = matrix.expand(B * G, -1, -1, -1).unflatten(0, (B, G))

@@ -1,5 +1,6 @@
-"""Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold, and
-`attention_block_max` where a later layer wants to know which blocks of keys mattered."""
+"""Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold,
+`attention_block_max` where a later layer wants to know which blocks of keys mattered, `attention_lse` and `merge` where
+results over several sets of keys become one."""
 
 from __future__ import annotations
 
@@ -12,15 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from torchstone.ops import forced_reference
 from torchstone.ops.attention.block_max import block_maxima
 from torchstone.ops.attention.decode import decode_loops, decode_wide
+from torchstone.ops.attention.merging import attention_lse, fused_lse, merge, shares
 from torchstone.ops.attention.reference import attention_block_max_reference, attention_reference, scores_reference
 
 __all__ = [
     "attention",
     "attention_block_max",
     "attention_block_max_reference",
+    "attention_lse",
     "attention_reference",
     "blockwise",
+    "fused_lse",
+    "merge",
     "scores_reference",
+    "shares",
 ]
 
 
