@@ -83,7 +83,8 @@ def attention_lse(
         return out, lse if lse_gradient else lse.detach()
     if k_BGSK.shape[1] != H:
         k_BGSK, v_BGSV = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k_BGSK, v_BGSV))
-    if causal and T != S:  # the kernel aligns the first query with the first key; we align the last with the last
+    if causal and (T != S or mask_BHTS is not None):
+        # the kernel aligns the first query with the first key; we align the last with the last
         seen = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
         if mask_BHTS is None:
             mask_BHTS = seen[None, None]

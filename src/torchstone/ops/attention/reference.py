@@ -35,7 +35,10 @@ def scores_reference(
         if mask_BHTS.dtype == torch.bool:
             scores = scores.masked_fill(~mask_BHTS, float("-inf"))
         else:
-            scores = scores + mask_BHTS.to(scores.dtype)
+            # filled, not added: the gradient of a query that sees no key is 0, not NaN
+            forbidden = mask_BHTS.isneginf()
+            scores = scores + mask_BHTS.to(scores.dtype).masked_fill(forbidden, 0.0)
+            scores = scores.masked_fill(forbidden, float("-inf"))
     return scores
 
 

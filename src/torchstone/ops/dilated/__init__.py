@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchstone.ops import forced_reference
-from torchstone.ops.dilated.plan import Marks, Pattern, Plan, plan
+from torchstone.ops.dilated.layout import Marks, Pattern, Plan, plan
 from torchstone.ops.dilated.reference import dilated_reference
 from torchstone.ops.dilated.shards import Shards
 from torchstone.ops.dilated.sparse import Bias, dilated_sparse

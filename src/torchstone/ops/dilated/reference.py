@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from torchstone.ops.attention import attention_reference, merge
-from torchstone.ops.dilated.plan import Pattern, Plan
+from torchstone.ops.dilated.layout import Pattern, Plan
 
 
 def allowed(plan: Plan, pattern: Pattern) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
 from torchstone.errors import TorchstoneError
-from torchstone.ops.dilated.plan import Layout, Marks, Pattern, Plan, plan
+from torchstone.ops.dilated.layout import Layout, Marks, Pattern, Plan, plan
 
 __all__ = ["Shards"]
 

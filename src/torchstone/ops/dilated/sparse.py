@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchstone.ops import at_least_float32
 from torchstone.ops.attention import attention_lse, fused_lse, shares
-from torchstone.ops.dilated.plan import Plan
+from torchstone.ops.dilated.layout import Plan
 
 Bias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows (Z,), heads (Z,), columns of queries (Z, c), of keys (Z, W)) -> score bias (Z, c, W)."""
