@@ -2,11 +2,10 @@
 
     python benchmarks/longnet_length.py [--lengths 16384,32768,...] [--rounds 5] [--width 192] [--dense] [--json FILE]
 
-One layer of LongNet's published schedule (segments 2,048 to 32,768, dilations 1 to 12, 12 heads, causal), width 192, one
-row, float32, one thread. Each length runs in a process of its own: a forward without gradients, and a forward with its
-backward. "Flat" means that the slowest length takes at most 1.3 times as long a token as the fastest. ``--dense`` times
-full attention beside it, up to 32,768 tokens. Peak memory is that of the process; linear means that it is proportional
-to the length once that of the libraries is taken off.
+One layer of LongNet's published schedule (segments 2,048 to 32,768, dilations 1 to 12, 12 heads, causal), width 192,
+one row, float32, one thread. Each length runs in a process of its own: a forward without gradients, and a forward with
+its backward. "Flat" means that the slowest length takes at most 1.3 times as long a token as the fastest. ``--dense``
+times full attention beside it, up to 32,768 tokens. Memory is the process's peak less what it held before the layer.
 """
 
 from __future__ import annotations
