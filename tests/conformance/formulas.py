@@ -155,6 +155,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "none"): lambda spec, D, H, context: 0,
     ("position", "alibi"): lambda spec, D, H, context: 0,
     ("position", "rotary"): lambda spec, D, H, context: 0,
+    ("position", "xpos"): lambda spec, D, H, context: 0,
     ("position", "sinusoidal"): lambda spec, D, H, context: 0,
     ("position", "learned"): lambda spec, D, H, context: context * D,
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,

@@ -357,6 +357,34 @@ def _() -> None:
             rotary_agrees(spec, [spec.base ** (-i / last) for i in range(R // 2)], 1.0)
 
 
+@oracle("position", "xpos")
+def _() -> None:
+    """Sun et al. 2022, eq. 13: a pair's product is zeta^((n - m) / B) Re(q conj(k) e^(i (n - m) theta))."""
+    dim, length = 8, 9
+    for spec in specs("position", "xpos"):
+        module, start = spec.build(dim, 1, dim, 64, True), torch.tensor([[0, 0, 0, 0, 4, 4, 4, 4, 4]])
+        q, k, tokens = drawn(1, 1, length, dim), drawn(1, 1, length, dim, seed=1), Tokens.blank(length, start=start)
+        rotation, decay = module.rotation(tokens.where), module.decay(tokens, tokens)
+        products = [
+            (lambda a, b: a @ b.mT)(
+                *decay.slice(n, n + 1, 0, length).rebased(rotation.q(q)[:, :, n : n + 1], rotation.k(k))
+            )
+            for n in range(length)
+        ]
+        scores = torch.cat(products, 2)[0, 0]
+        x = array(q[0, 0]), array(k[0, 0])
+        pairs = (slice(0, dim, 2), slice(1, dim, 2)) if spec.interleaved else (slice(0, dim // 2), slice(dim // 2, dim))
+        zq, zk = (each[:, pairs[0]] + 1j * each[:, pairs[1]] for each in x)
+        i = np.arange(dim // 2)
+        zeta, theta = (i / (dim / 2) + spec.gamma) / (1 + spec.gamma), spec.base ** (-2 * i / dim)
+        for n, m in product(range(length), range(length)):
+            if m <= n and start[0, n] == start[0, m]:
+                by_hand = (
+                    zeta ** ((n - m) / spec.scale_base) * (zq[n] * zk[m].conj() * np.exp(1j * (n - m) * theta)).real
+                )
+                same(scores[n, m], torch.tensor(by_hand.sum()), f"query {n}, key {m} of {spec}")
+
+
 def scaled(kind: str, frequencies: Callable[[float, int, int], float], size: float = 1.0, **fields: Any) -> None:
     """Rotary of 32 channels whose channel i has frequency ``frequencies(f, i, R)`` instead of f."""
     R = 32

@@ -54,6 +54,11 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "half": {"fraction": 0.5},
         "inclusive": {"interleaved": True, "inclusive": True},
     },
+    # the second fades so fast that a product holds two queries
+    ("position", "xpos"): {
+        "interleaved": {"interleaved": True, "scale_base": 8.0},
+        "fast": {"scale_base": 0.2, "gamma": 0.3},
+    },
     ("position", "t5"): {"few": {"buckets": 8, "far": 10}},
     ("scaling", "linear"): {"default": {"factor": 4.0}},
     ("scaling", "ntk"): {"default": {"factor": 4.0}},

@@ -73,6 +73,8 @@ def alone(
         reason = spec.misplaced() or spec.illegal(layer, width)
         if reason is None and spec.causal_only and not causal:
             reason = f"attention {spec.kind} has no bidirectional form"
+        if reason is None and layer.position.causal_only and not causal:
+            reason = f"position {layer.position.kind} has no bidirectional form"
         if reason is not None:
             raise TorchstoneError(reason)
     elif isinstance(spec, NormSpec):

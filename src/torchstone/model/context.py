@@ -20,6 +20,7 @@ from torchstone.ops.compiler import constant_for_compiler
 
 if TYPE_CHECKING:
     from torchstone.model.position import Rotation
+    from torchstone.ops.attention import Decay
 
 __all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux"]
 
@@ -192,6 +193,12 @@ class Context:
     def rotation(self, key: str) -> Rotation | None:
         """Rotation of queries and of new keys by the position module `key`; caches hold rotated keys."""
         return self.once(f"rotation.{key}", lambda: self.positions[key].rotation(self.q.where))
+
+    def decay(self, key: str, keys: Tokens | None = None, name: str = "") -> Decay | None:
+        """How scores of rotated queries and keys fall with distance, by the position module `key`; `keys` and `name` as
+        in `lowered`."""
+        k = self.k if keys is None else keys
+        return self.once(f"decay.{key}.{name}", lambda: self.positions[key].decay(self.q, k))
 
     # -- dropout
 

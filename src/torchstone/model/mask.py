@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from torchstone.errors import TorchstoneError
 from torchstone.model.tokens import Tokens
 
-__all__ = ["BIDIRECTIONAL", "CAUSAL", "Lowered", "Mask", "Relation", "Term", "Window", "lower"]
+__all__ = ["BIDIRECTIONAL", "CAUSAL", "Blocks", "Lowered", "Mask", "Relation", "Term", "Window", "lower", "mask_named"]
 
 Relation = Literal["same", "last", "general"]
 """What the host knows and a tensor does not: the keys are the queries ("same"); there is one query, it is the newest
@@ -39,6 +40,11 @@ class Term:
     def trivial(self, q: Tokens, k: Tokens, relation: Relation) -> bool:
         """Whether the term is known, without looking at a tensor, to allow every pair."""
         return False
+
+    @property
+    def reach(self) -> int | None:
+        """Places back, the query's own included, beyond which it allows no key; None if there is no such bound."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,34 @@ class Window(Term):
     def trivial(self, q: Tokens, k: Tokens, relation: Relation) -> bool:
         return relation in ("same", "last") and k.index.shape[1] <= self.size
 
+    @property
+    def reach(self) -> int | None:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Blocks(Term):
+    """The query's own block of `size` tokens and the one before it, counted from the document's first token.
+
+    ``CAUSAL & Blocks(l // 2)`` is blockwise causal attention (Sun et al. 2022, arXiv 2212.10554, section 3.3): a model
+    trained on l tokens reads any number of them, no key is more than l - 1 away, and up to l tokens it is causal.
+    """
+
+    name: ClassVar[str] = "blocks"
+    size: int = 0
+
+    def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
+        # positions and not indices, so that padding on the left moves no border
+        back = q.where[:, :, None] // self.size - k.where[:, None, :] // self.size
+        return (back == 0) | (back == 1)
+
+    def trivial(self, q: Tokens, k: Tokens, relation: Relation) -> bool:
+        return relation in ("same", "last") and k.position is None and k.index.shape[1] <= self.size
+
+    @property
+    def reach(self) -> int | None:
+        return 2 * self.size
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -113,6 +147,11 @@ class Mask:
         """Whether no query sees a later token: what decoding with a state needs."""
         return _Causal() in self.terms
 
+    @property
+    def reach(self) -> int | None:
+        """Places back, the query's own included, beyond which no key is seen; None if there is no such bound."""
+        return min((term.reach for term in self.terms if term.reach is not None), default=None)
+
     def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
         """Boolean (B|1, T, S) of all terms, documents and padding: the definition that every lowering must equal."""
         allowed = torch.ones(1, q.index.shape[1], k.index.shape[1], dtype=torch.bool, device=q.index.device)
@@ -124,6 +163,21 @@ class Mask:
 
 BIDIRECTIONAL = Mask()
 CAUSAL = Mask((_Causal(),))
+
+
+def mask_named(words: str) -> Mask:
+    """A causal mask by its name on the command line: "full", "window:128" or "blocks:64".
+
+    Raises:
+        TorchstoneError: it is none of these.
+    """
+    name, _, size = words.partition(":")
+    if words == "full":
+        return CAUSAL
+    term = {"window": Window, "blocks": Blocks}.get(name)
+    if term is None or not size.isdecimal() or not int(size):
+        raise TorchstoneError(f"attention: is full, window:SIZE or blocks:SIZE with a size in tokens, not {words!r}")
+    return CAUSAL & term(int(size))
 
 
 @dataclass(frozen=True)
@@ -163,7 +217,9 @@ def _matrix(terms: list[Term], q: Tokens, k: Tokens) -> torch.Tensor | None:
 def _blocks(
     terms: list[Term], q: Tokens, k: Tokens, relation: Relation
 ) -> Callable[[int, int], tuple[int, int, torch.Tensor | None]]:
-    windows = [term.size for term in terms if isinstance(term, Window)]
+    # positions of one's own may stand still, and a reach in positions is then none in tokens
+    terms_of_tokens = terms if k.position is None else [term for term in terms if isinstance(term, Window)]
+    windows = [term.reach for term in terms_of_tokens if term.reach is not None]
     causal = _Causal() in terms
 
     def mask_of(a: int, b: int) -> tuple[int, int, torch.Tensor | None]:

@@ -96,7 +96,9 @@ class Site:
 
     def position(self, dim: int, heads: int) -> str | None:
         """Key of the position module for heads of `dim`: the stack owns it, the part asks its context by key."""
-        if self.position_spec is None or self.positions is None or self.position_spec.gives not in ("rotation", "bias"):
+        if self.position_spec is None or self.positions is None:
+            return None
+        if self.position_spec.gives in ("nothing", "embedding"):
             return None
         return self.positions.add(self.position_spec, dim, heads, self.width)
 

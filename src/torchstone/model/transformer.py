@@ -130,6 +130,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
             reason = misplaced
         elif layer.attention.causal_only and not causal:
             reason = f"attention {layer.attention.kind} has no bidirectional form; it needs causal: true"
+        elif layer.position.causal_only and not causal:
+            reason = f"position {layer.position.kind} has no bidirectional form; it needs causal: true"
         elif layer.position.gives == "embedding" and layer.position != self._plans[side][0].position:
             reason = f"position {layer.position.kind} is added to the input and cannot differ by layer"
         elif causal and self.encoder is not None and not layer.block.takes_memory:
@@ -244,8 +246,12 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         static: bool = False,
         cache_bits: int | None = None,
+        mask: Mask = CAUSAL,
     ) -> State:
         """Empty decode state for `rows` rows of at most `extent` tokens; the rest as of `State`.
+
+        `mask` is the one of every forward with it: where its reach is bounded, layers that can keep rings of that many
+        tokens in the place of all of them.
 
         Raises:
             TorchstoneError: the model is no decoder, `extent` is beyond its limit, or `cache_bits` out of range.
@@ -254,7 +260,16 @@ class Transformer(nn.Module):
             raise TorchstoneError("an encoder has no decode state; generation needs causal: true")
         self.check_length(extent)
         weight = next(self.parameters())
-        return State(self.state_spec(), rows, extent, dtype or weight.dtype, weight.device, static, cache_bits)
+        slots = self.state_spec() if mask.reach is None else self._within(mask.reach)
+        return State(slots, rows, extent, dtype or weight.dtype, weight.device, static, cache_bits)
+
+    def _within(self, reach: int) -> dict[str, tuple[Slot, ...]]:
+        """Slots by path, with rings of `reach` tokens for caches that would grow."""
+        found = {}
+        for path, slots in self.state_spec().items():
+            rings = getattr(self.get_submodule(path), "rings", False) and slots[0].growth == "growing"
+            found[path] = tuple(replace(slot, growth="ring", size=reach) for slot in slots) if rings else slots
+        return found
 
     # -- forward
 
@@ -369,10 +384,12 @@ class Transformer(nn.Module):
         if state is not None and not mask.causal:
             raise TorchstoneError("mask: decoding with a state needs a causal mask")
         side: Literal["decoder", "encoder"] = "decoder" if self.decoder is not None else "encoder"
+        if not mask.causal:
+            parts = [each for layer in self.spec.plan(side) for each in (layer.attention, layer.position)]
+            stuck = next((each for each in parts if each.causal_only), None)
+            if stuck is not None:
+                raise TorchstoneError(f"mask: {stuck.family} {stuck.kind} has no bidirectional form")
         if mask in (CAUSAL, BIDIRECTIONAL):
-            kinds = {layer.attention for layer in self.spec.placed(side) if layer.attention.causal_only}
-            if mask == BIDIRECTIONAL and kinds:
-                raise TorchstoneError(f"mask: attention {next(iter(kinds)).kind} has no bidirectional form")
             return
         for number, layer in enumerate(self.spec.placed(side)):
             missing = mask.names - layer.attention.masks

@@ -59,7 +59,7 @@ class AttentionSpec(PartSpec):
     def illegal(self, layer: LayerSpec, width: int) -> str | None:
         """Why this kind cannot stand in a layer of these parts and this width, in one sentence; None if it can."""
         position = layer.position
-        if position.gives in ("rotation", "bias") and position.gives not in self.consumes:
+        if position.gives not in ("nothing", "embedding", *self.consumes):
             return f"attention {self.kind} cannot use position {position.kind}: it has no use for a {position.gives}"
         return None
 
@@ -80,6 +80,8 @@ class Attention(nn.Module):
 
     causal: bool = True
     """Whether a forward without a context is causal."""
+    rings: ClassVar[bool] = False
+    """Whether it works as well with rings in the place of its growing caches, under a mask of bounded reach."""
 
     def state_spec(self) -> tuple[Slot, ...]:
         """Slots of its decode state."""

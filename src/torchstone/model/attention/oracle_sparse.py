@@ -41,6 +41,7 @@ class OracleSparseSpec(SoftmaxSpec):
     """Attention to the blocks that an earlier layer found most probable, beside a window of its own."""
 
     offered: ClassVar[bool] = False
+    consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "bias"})
     can_give: ClassVar[frozenset[str]] = frozenset()
     takes: ClassVar[frozenset[str]] = frozenset({"keys_values", "block_max"})
     crosses: ClassVar[bool] = False
@@ -100,7 +101,7 @@ class OracleSparse(SoftmaxAttention):
         if given is None or given.k is None or given.v is None or given.block_max is None:
             raise TorchstoneError("attention oracle_sparse: no layer before it hands on keys, values and block maxima")
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, k, v, _, low = self.own(x_BTD, ctx, state)
+        q, k, v, _, low, _ = self.own(x_BTD, ctx, state)
         y_window = self.attend(q, k, v, low, ctx.inside("window"))[0]
         q, chosen_BGTC = q.to(given.k.dtype), ctx.tap("blocks", self.choose(given.block_max, ctx))
         sparse = self.gathered if q.shape[2] == 1 else self.masked

@@ -28,6 +28,7 @@ class SharedKVSpec(SoftmaxSpec):
     """Softmax attention with queries of its own to keys and values that it is handed."""
 
     offered: ClassVar[bool] = False
+    consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "bias"})
     can_give: ClassVar[frozenset[str]] = frozenset()
     takes: ClassVar[frozenset[str]] = frozenset({"keys_values"})
     crosses: ClassVar[bool] = False

@@ -31,9 +31,10 @@ __all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec", "mix_values"]
 class SoftmaxSpec(AttentionSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
+    consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "decaying rotation", "bias"})
     can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max"})
     crosses: ClassVar[bool] = True
-    masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "role", "prefix"})
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 
     kv_heads: int | None = Field(None, ge=1)
@@ -100,12 +101,13 @@ class _Softmax(Attention):
         v_BGSK: torch.Tensor,
         low: Lowered,
         ctx: Context,
+        decay: kernels.Decay | None = None,
         block: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`mix_values` with this layer's scale, soft-cap and dropout."""
         return mix_values(
             q_BHTK, k_BGSK, v_BGSK, low, ctx, scale=self.scale, softcap=self.spec.softcap, dropout=self.spec.dropout,
-            keep=self.gives.probs, block=block,
+            keep=self.gives.probs, decay=decay, block=block,
         )  # fmt: skip
 
     def joined(self, y_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -120,10 +122,11 @@ class _Softmax(Attention):
         v_BGSK: torch.Tensor,
         low: Lowered,
         ctx: Context,
+        decay: kernels.Decay | None = None,
         block: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """As `attend`, after the output projection: (B, T, D)."""
-        y, probs, best = self.attend(q_BHTK, k_BGSK, v_BGSK, low, ctx, block)
+        y, probs, best = self.attend(q_BHTK, k_BGSK, v_BGSK, low, ctx, decay, block)
         return self.joined(y, ctx), probs, best
 
     def flops(self, context: int) -> float:
@@ -133,10 +136,13 @@ class _Softmax(Attention):
 class SoftmaxAttention(_Softmax):
     """Self-attention. Decode state: a growing cache, or a ring of the window."""
 
+    rings = True
+
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__(spec, site)
         self.position = site.position(self.K, self.H)
-        self.biased = site.position_spec is not None and site.position_spec.gives == "bias"
+        gives = "nothing" if site.position_spec is None else site.position_spec.gives
+        self.biased, self.decays = gives == "bias", gives == "decaying rotation"
         sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
         self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
 
@@ -147,11 +153,15 @@ class SoftmaxAttention(_Softmax):
     def _lowered(self, ctx: Context) -> Lowered:
         return ctx.lowered(self.spec.window, self.position if self.biased else None)
 
+    def _decay(self, ctx: Context, keys: Tokens | None = None, name: str = "") -> kernels.Decay | None:
+        return ctx.decay(self.position, keys, name) if self.decays and self.position is not None else None
+
     def prepare(self, ctx: Context) -> None:
         if self.position is not None:
             ctx.rotation(self.position)
         if ctx.slots is None or not self.spec.window:
             self._lowered(ctx)
+            self._decay(ctx)
         if self.gives.block_max:
             origin(ctx)
 
@@ -163,9 +173,9 @@ class SoftmaxAttention(_Softmax):
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, k, v, keys, low = self.own(x_BTD, ctx, state)
+        q, k, v, keys, low, decay = self.own(x_BTD, ctx, state)
         gives = self.gives
-        y_BTD, probs, best = self.mix(q, k, v, low, ctx, gives.block_max)
+        y_BTD, probs, best = self.mix(q, k, v, low, ctx, decay, gives.block_max)
         if not (gives.keys_values or gives.probs or gives.block_max):
             return y_BTD, None, {}
         best = None if best is None else ctx.tap("block_max", best)
@@ -173,8 +183,9 @@ class SoftmaxAttention(_Softmax):
 
     def own(
         self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tokens, Lowered]:
-        """Queries, keys and values of this layer, those of its cache included, the keys' tokens, and their mask."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tokens, Lowered, kernels.Decay | None]:
+        """Queries, keys and values of this layer, those of its cache included, the keys' tokens, their mask, and how
+        scores decay."""
         q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
         q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
         if self.q_norm is not None and self.k_norm is not None:
@@ -185,17 +196,18 @@ class SoftmaxAttention(_Softmax):
             q, k = rotation.q(q), rotation.k(k)
         keys = ctx.k
         if state is None:
-            low = self._lowered(ctx)
+            low, decay = self._lowered(ctx), self._decay(ctx)
         elif isinstance(state, Ring):
             (k, v), keys = state.write(ctx.q, k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             low = ctx.lowered(self.spec.window, self.position if self.biased else None, keys, "ring")
+            decay = self._decay(ctx, keys, f"ring.{self.spec.window}")
         else:
             assert isinstance(state, Growing) and ctx.slots is not None
             k, v = state.write(ctx.slots, ctx.k.index.shape[1], k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            low = self._lowered(ctx)
-        return q.to(k.dtype), k, v, keys, low
+            low, decay = self._lowered(ctx), self._decay(ctx)
+        return q.to(k.dtype), k, v, keys, low, decay
 
 
 class CrossAttention(_Softmax):
@@ -252,6 +264,7 @@ def mix_values(
     softcap: float | None = None,
     dropout: float = 0.0,
     keep: bool = False,
+    decay: kernels.Decay | None = None,
     block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Mixed values (B, H, T, V) under a lowered mask; the probabilities (B, H, T, S) if somebody listens to them or
@@ -264,6 +277,10 @@ def mix_values(
     probs = best = None
     dropping = dropout > 0 and ctx.key is not None
     arguments: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if block:
+        assert decay is None, "maxima of blocks are of scores that do not decay"
+    else:
+        arguments["decay"] = decay
     blocks: dict[str, Any] = {"block": block, "first_BT": origin(ctx)} if block else {}
     if keep or dropping or ctx.hears("probs"):
         if low.mask_of is not None:

@@ -1,6 +1,10 @@
 """Position: turns the positions of tokens into what attention consumes.
 
-A kind gives one of three things: a rotation of queries and keys, a score bias, or an embedding added to the input.
+A kind gives one of four things: a rotation of queries and keys, a rotation and a decay of scores with distance, a score
+bias, or an embedding added to the input. A decay is no part of the rotation, because caches hold rotated keys and a
+decayed key would leave the range of numbers: it is laid on queries and keys when a product is taken
+(`torchstone.ops.attention.Decay`).
+
 Position modules belong to the stack; an attention holds a key and asks its context.
 
 Shapes: B rows (or 1), H heads, T queries, S keys, K head dimension, D width.
@@ -15,6 +19,7 @@ import torch
 from torch import nn
 
 from torchstone.model.tokens import Tokens
+from torchstone.ops.attention import Decay
 from torchstone.ops.rotate import rotate
 from torchstone.spec import PartSpec, lazy_parts
 
@@ -53,6 +58,10 @@ class Position(nn.Module):
         """Rotation at these positions."""
         return None
 
+    def decay(self, q: Tokens, k: Tokens) -> Decay | None:
+        """How products of rotated queries and keys fall with distance."""
+        return None
+
     def bias(self, q: Tokens, k: Tokens) -> torch.Tensor | None:
         """Score bias (B|1, H, T, S)."""
         return None
@@ -67,9 +76,11 @@ class PositionSpec(PartSpec):
 
     family: ClassVar[str] = "position"
     default_kind: ClassVar[str] = "rotary"
-    gives: ClassVar[Literal["nothing", "rotation", "bias", "embedding"]] = "nothing"
+    gives: ClassVar[Literal["nothing", "rotation", "decaying rotation", "bias", "embedding"]] = "nothing"
     scope: ClassVar[Literal["model", "layer"]] = "model"
     """Whether layers that agree in spec and sizes share one module."""
+    causal_only: ClassVar[bool] = False
+    """Whether it has no bidirectional form."""
 
     def illegal(self, dim: int) -> str | None:
         """Why heads of dimension `dim` cannot use it, or None."""

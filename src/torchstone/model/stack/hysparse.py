@@ -71,7 +71,10 @@ class HysparseSpec(StackSpec):
                         f"layer {i}: a sparse layer reads the keys of layer {number} and needs its attention.kv_heads, "
                         "its size of heads and its position"
                     )
-                plans.append(LayerPlan(layer.model_copy(update={"attention": self._sparse(layer)})))
+                sparse = layer.model_copy(update={"attention": self._sparse(layer)})
+                if why := sparse.illegal(width):
+                    raise TorchstoneError(f"layer {i}: stack hysparse: {why}")
+                plans.append(LayerPlan(sparse))
         return tuple(plans)
 
     def _check(self, layer: LayerSpec, number: int) -> None:

@@ -77,6 +77,8 @@ class YocoSpec(StackSpec):
             mine = layer.model_copy(update={"attention": self.self_attention if number < first else shared})
             if number < first and (why := self.self_attention.misplaced() or mine.illegal(width)):
                 raise TorchstoneError(f"stack.self_attention: {why}")
+            if number >= first and (why := mine.illegal(width)):
+                raise TorchstoneError(f"stack yoco: {why}")
             plans.append(LayerPlan(mine))
         return tuple(plans)
 

@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from torchstone.ops import forced_reference
 from torchstone.ops.attention.block_max import block_maxima
+from torchstone.ops.attention.decay import Decay
 from torchstone.ops.attention.decode import decode_loops, decode_wide
 from torchstone.ops.attention.merging import attention_lse, fused_lse, merge, shares
 from torchstone.ops.attention.reference import attention_block_max_reference, attention_reference, scores_reference
 
 __all__ = [
+    "Decay",
     "attention",
     "attention_block_max",
     "attention_block_max_reference",
@@ -39,16 +41,22 @@ def attention(
     causal: bool = False,
     mask_BHTS: torch.Tensor | None = None,
     softcap: float | None = None,
+    decay: Decay | None = None,
 ) -> torch.Tensor:
     """Softmax attention (B, H, T, V), by scaled_dot_product_attention where that can say it.
 
     Arguments as in `attention_reference`; the mask's B and H may be 1. A soft-cap has no fused kernel on the CPU and
-    takes the definition.
+    takes the definition. With a decay, more queries than one product may hold go block by block.
     """
     if softcap is not None or forced_reference():
         return attention_reference(
-            q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap
+            q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap, decay=decay
         )[0]
+    if decay is not None:
+        if q_BHTK.shape[2] > decay.span(k_BGSK.dtype):
+            mask_of = _in_blocks(causal, mask_BHTS, q_BHTK, k_BGSK)
+            return blockwise(q_BHTK, k_BGSK, v_BGSV, mask_of=mask_of, scale=scale, decay=decay)
+        q_BHTK, k_BGSK = decay.rebased(q_BHTK, k_BGSK)
     (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
     if causal and T != S:  # SDPA aligns `is_causal` with the first key; we align the last query with the last key
         mask_BHTS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)[None, None]
@@ -86,6 +94,7 @@ def blockwise(
     scale: float,
     softcap: float | None = None,
     block: int = 1024,
+    decay: Decay | None = None,
 ) -> torch.Tensor:
     """Attention over blocks of queries, so that no T x S matrix is ever held, forwards or backwards.
 
@@ -96,9 +105,12 @@ def blockwise(
 
     def one(q_BHtK: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: int, b: int) -> torch.Tensor:
         first, last, mask = mask_of(a, b)
-        return attention(q_BHtK, k[:, :, first:last], v[:, :, first:last], scale=scale, mask_BHTS=mask, softcap=softcap)
+        k, v = k[:, :, first:last], v[:, :, first:last]
+        falls = None if decay is None else decay.slice(a, b, first, last)
+        return attention(q_BHtK, k, v, scale=scale, mask_BHTS=mask, softcap=softcap, decay=falls)
 
     outs = []
+    block = block if decay is None else min(block, decay.span(k_BGSK.dtype))
     for a in range(0, q_BHTK.shape[2], block):
         b = min(a + block, q_BHTK.shape[2])
         q = q_BHTK[:, :, a:b]
@@ -137,14 +149,23 @@ def attention_block_max(
         return out, found
     else:
         out = attention(q_BHTK, k_BGSK, v_BGSV, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap)
-        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-
-        def mask_of(a: int, b: int) -> tuple[int, int, torch.Tensor | None]:
-            if not causal:
-                return 0, S, None if mask_BHTS is None else mask_BHTS[:, :, a:b]
-            last = S - T + b
-            return 0, last, torch.ones(1, 1, b - a, last, dtype=torch.bool, device=q_BHTK.device).tril(last - b + a)
-
+        mask_of = _in_blocks(causal, mask_BHTS, q_BHTK, k_BGSK)
     return out, block_maxima(
         q_BHTK, k_BGSK, mask_of=mask_of, scale=scale, block=block, first_BT=first_BT, softcap=softcap
     )
+
+
+def _in_blocks(
+    causal: bool, mask_BHTS: torch.Tensor | None, q_BHTK: torch.Tensor, k_BGSK: torch.Tensor
+) -> Callable[[int, int], tuple[int, int, torch.Tensor | None]]:
+    """A mask as `blockwise` takes it."""
+    T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+
+    def mask_of(a: int, b: int) -> tuple[int, int, torch.Tensor | None]:
+        if not causal:
+            return 0, S, None if mask_BHTS is None else mask_BHTS[:, :, a:b]
+        last = S - T + b
+        seen = torch.ones(b - a, last, dtype=torch.bool, device=q_BHTK.device).tril(last - (b - a))
+        return 0, last, seen[None, None]
+
+    return mask_of

@@ -2,6 +2,8 @@
 
     scores = softcap(scale * q . k) + bias, -inf where the mask forbids;  out = softmax(scores) v
 
+With a decay, q . k is the sum of `torchstone.ops.attention.decay`.
+
 Shapes: B rows, H query heads, G key/value heads (H a multiple of G), T queries, S keys, K and V head dimensions.
 """
 
@@ -9,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from torchstone.ops import at_least_float32
+from torchstone.ops import at_least_float32, forced_reference
+from torchstone.ops.attention.decay import Decay
 
 
 def scores_reference(
@@ -20,11 +23,12 @@ def scores_reference(
     causal: bool,
     mask_BHTS: torch.Tensor | None,
     softcap: float | None,
+    decay: Decay | None = None,
 ) -> torch.Tensor:
     """Scores (B, H, T, S) in at least float32. A boolean mask is True where attention is allowed; a float mask adds."""
     q, k = at_least_float32(q_BHTK), at_least_float32(k_BGSK)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = scale * (q @ k.transpose(-1, -2))
+    scores = scale * (q @ k.transpose(-1, -2) if decay is None else _decayed(q, k, decay))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if causal:
@@ -42,6 +46,18 @@ def scores_reference(
     return scores
 
 
+def _decayed(q_BHTK: torch.Tensor, k_BHSK: torch.Tensor, decay: Decay) -> torch.Tensor:
+    """Products (B, H, T, S); one query at a time is the definition, and blocks of them are equal to it."""
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    block = 1 if forced_reference() else decay.span(q_BHTK.dtype)
+    out = []
+    for a in range(0, T, block):
+        b = min(a + block, T)
+        q, k = decay.slice(a, b, 0, S).rebased(q_BHTK[:, :, a:b], k_BHSK)
+        out.append(q @ k.transpose(-1, -2))
+    return torch.cat(out, 2)
+
+
 def attention_reference(
     q_BHTK: torch.Tensor,
     k_BGSK: torch.Tensor,
@@ -51,12 +67,15 @@ def attention_reference(
     causal: bool = False,
     mask_BHTS: torch.Tensor | None = None,
     softcap: float | None = None,
+    decay: Decay | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (B, H, T, V) in the dtype of `v`, probabilities (B, H, T, S) and log-sum-exp (B, H, T).
 
     `causal` aligns the last query with the last key. A query that may see no key gives zeros.
     """
-    scores = scores_reference(q_BHTK, k_BGSK, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap)
+    scores = scores_reference(
+        q_BHTK, k_BGSK, scale=scale, causal=causal, mask_BHTS=mask_BHTS, softcap=softcap, decay=decay
+    )
     lse = torch.logsumexp(scores, dim=-1)
     probs = torch.softmax(scores, dim=-1)
     if mask_BHTS is not None:
