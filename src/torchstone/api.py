@@ -40,6 +40,7 @@ class Run(RunFolder):
         precision: str = "fp32",
         compile: str = "auto",
         cache_bits: int | None = None,
+        attention: str = "full",
         **sampling: Any,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -48,6 +49,7 @@ class Run(RunFolder):
             prompts: one or several texts.
             device, precision, compile: where and how the model runs.
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
+            attention: what a token sees of those before it: "full", "window:128", "blocks:64".
             sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...), laid
                 over what the run's generation_config.json sets.
 
@@ -57,7 +59,9 @@ class Run(RunFolder):
         from torchstone.generate import Engine, Sampling
 
         options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
-        engine = Engine.of_run(self, device=device, precision=precision, compile=compile, cache_bits=cache_bits)
+        engine = Engine.of_run(
+            self, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
+        )
         return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
 
     def evaluate(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from torchstone.model.mask import Mask
 from torchstone.model.site import initialise
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
@@ -36,10 +37,12 @@ def ids(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[list
 
 
 @torch.no_grad()
-def recomputed(model: Transformer, prompt: list[int], new: int, memory: list[int] | None = None) -> list[int]:
+def recomputed(
+    model: Transformer, prompt: list[int], new: int, memory: list[int] | None = None, mask: Mask | None = None
+) -> list[int]:
     """Greedy decoding without a cache: the whole text through the model for every token."""
     text, extra = list(prompt), {} if memory is None else {"memory": torch.tensor([memory])}
     for _ in range(new):
-        logits = model(torch.tensor([text]), outputs="last", **extra).logits
+        logits = model(torch.tensor([text]), outputs="last", mask=mask, **extra).logits
         text.append(int(logits[0, -1].argmax()))
     return text[len(prompt) :]

@@ -12,9 +12,10 @@ from torchstone.data.tokenizer import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.generate import Engine, History, Sampling, SeededNoise
 from torchstone.generate.compiled import CompiledStep
+from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Blocks, Window
 from torchstone.model.transformer import Transformer
 
-POSITIONS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5"]
+POSITIONS = ["none", "learned", "sinusoidal", "rotary", "xpos", "alibi", "t5"]
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "grouped": {"kind": "softmax", "heads": 4, "kv_heads": 2},
     "window": {"kind": "softmax", "heads": 4, "window": 5},
@@ -62,6 +63,40 @@ def test_cached_greedy_decoding_equals_recomputing(name: str) -> None:
     for row, (one, prompt) in enumerate(zip(done, prompts, strict=True)):
         assert one.ids == recomputed(model, prompt, NEW, memory["memory"][row] if memory else None), f"row {row}"
         assert (one.finish, one.prompt_ids, one.request) == ("length", prompt, row)
+
+
+WITHIN = {"blocks": CAUSAL & Blocks(4), "window": CAUSAL & Window(6)}
+
+
+@pytest.mark.parametrize("words", list(WITHIN))
+@pytest.mark.parametrize("position", ["rotary", "xpos", "alibi"])
+def test_decoding_under_a_mask_equals_recomputing_and_holds_no_more(position: str, words: str) -> None:
+    model, prompts, mask = build(position=position), ids(*LENGTHS), WITHIN[words]
+    engine = Engine(model, compile="off", attention=mask, chunk=5)
+    for one, prompt in zip(engine.generate(prompts, GREEDY), prompts, strict=True):
+        assert one.ids == recomputed(model, prompt, NEW, mask=mask)
+    assert [one.ids for one in Engine(model, compile="off").generate(prompts, GREEDY)] != [
+        one.ids for one in engine.generate(prompts, GREEDY)
+    ]
+    assert model.state(1, 64, mask=mask).bytes() == model.state(1, 4096, mask=mask).bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", list(WITHIN))
+def test_compiled_decoding_under_a_mask_equals_eager(words: str) -> None:
+    model, prompts, mask = build(position="xpos"), ids(*LENGTHS), WITHIN[words]
+    eager = Engine(model, compile="off", attention=mask).generate(prompts, GREEDY)
+    engine = Engine(model, compile="on", attention=mask)
+    engine._compiled = CompiledStep(engine.model, "aot_eager", mask)
+    assert engine.generate(prompts, GREEDY) == eager
+
+
+def test_attention_that_a_layer_cannot_honour_is_refused_at_once() -> None:
+    model = build(attention={"kind": "retention", "heads": 4})
+    with pytest.raises(TorchstoneError, match="attention retention of layer 0 cannot honour 'window'"):
+        Engine(model, attention=CAUSAL & Window(4))
+    with pytest.raises(TorchstoneError, match="decoding with a state needs a causal mask"):
+        Engine(build(), attention=BIDIRECTIONAL)
 
 
 def test_compiled_greedy_decoding_equals_eager() -> None:

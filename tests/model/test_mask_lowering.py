@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchstone.errors import TorchstoneError
 from torchstone.model import mask as masks
 from torchstone.model.context import Context
-from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Lowered, Mask, Term, Window, lower
+from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Blocks, Lowered, Mask, Term, Window, lower, mask_named
 from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.tokens import Tokens
@@ -50,17 +51,21 @@ def sequences(draw: st.DrawFn) -> Tokens:
     return Tokens(index, start=start, valid=valid)
 
 
-def described(causal: bool, window: int | None) -> Mask:
+def described(causal: bool, window: int | None, blocks: int | None = None) -> Mask:
     mask = CAUSAL if causal else BIDIRECTIONAL
-    return mask if window is None else mask & Window(window)
+    mask = mask if window is None else mask & Window(window)
+    return mask if blocks is None else mask & Blocks(blocks)
+
+
+sizes = st.none() | st.integers(1, 25)
 
 
 @quick
-@given(sequences(), st.booleans(), st.none() | st.integers(1, 25), st.sampled_from(["same", "general"]), st.booleans())
+@given(sequences(), st.booleans(), sizes, sizes, st.sampled_from(["same", "general"]), st.booleans())
 def test_lowering_equals_the_definition(
-    tokens: Tokens, causal: bool, window: int | None, relation: masks.Relation, flags: bool
+    tokens: Tokens, causal: bool, window: int | None, blocks: int | None, relation: masks.Relation, flags: bool
 ) -> None:
-    mask, T = described(causal, window), tokens.index.shape[1]
+    mask, T = described(causal, window, blocks), tokens.index.shape[1]
     allowed = mask.allow(tokens, tokens)
     low = lower(mask, tokens, tokens, relation, flags=flags)
     assert not (low.causal and not flags)
@@ -69,11 +74,13 @@ def test_lowering_equals_the_definition(
 
 
 @quick
-@given(sequences(), st.booleans(), st.none() | st.integers(1, 25), st.sampled_from(["same", "general"]))
+@given(sequences(), st.booleans(), sizes, sizes, st.sampled_from(["same", "general"]), st.booleans())
 def test_lowering_in_blocks_equals_the_definition(
-    tokens: Tokens, causal: bool, window: int | None, relation: masks.Relation
+    tokens: Tokens, causal: bool, window: int | None, blocks: int | None, relation: masks.Relation, own: bool
 ) -> None:
-    mask, T = described(causal, window), tokens.index.shape[1]
+    mask, T = described(causal, window, blocks), tokens.index.shape[1]
+    if own:  # positions of one's own, that stand still
+        tokens = replace(tokens, position=tokens.index // 3)
     before, masks._LARGEST = masks._LARGEST, 4
     try:
         low = lower(mask, tokens, tokens, relation, flags=False)
@@ -85,12 +92,13 @@ def test_lowering_in_blocks_equals_the_definition(
 
 
 @quick
-@given(st.integers(1, 20), st.none() | st.integers(1, 25))
-def test_one_newest_query_equals_the_definition(length: int, window: int | None) -> None:
+@given(st.integers(1, 20), sizes, sizes)
+def test_one_newest_query_equals_the_definition(length: int, window: int | None, blocks: int | None) -> None:
     q, k = Tokens(torch.tensor([[length - 1]])), Tokens(torch.arange(length)[None])
-    low = lower(described(True, window), q, k, "last")
-    assert torch.equal(dense(low, 1, 1, length), described(True, window).allow(q, k))
-    assert window is not None or low == Lowered(), "decoding without a window needs no matrix"
+    mask = described(True, window, blocks)
+    low = lower(mask, q, k, "last")
+    assert torch.equal(dense(low, 1, 1, length), mask.allow(q, k))
+    assert mask != CAUSAL or low == Lowered(), "decoding without a window needs no matrix"
 
 
 @quick
@@ -107,6 +115,38 @@ def test_definition_is_what_the_words_say(tokens: Tokens, t: int, window: int | 
             if tokens.valid is not None:
                 seen = seen and bool(tokens.valid[row, s] or not tokens.valid[row, t])
             assert bool(allowed[row, t, s]) == seen
+
+
+@quick
+@given(sequences(), st.integers(1, 9))
+def test_blockwise_causal_attention_is_what_the_words_say(tokens: Tokens, size: int) -> None:
+    tokens = replace(tokens, valid=None)
+    T, allowed = tokens.index.shape[1], (CAUSAL & Blocks(size)).allow(tokens, tokens)
+    for row in range(allowed.shape[0]):
+        for t in range(T):
+            first = 0 if tokens.start is None else int(tokens.start[row, t])
+            seen = allowed[row, t].nonzero().flatten().tolist()
+            n = t - first  # place in the document
+            assert seen == list(range(first + max(0, n // size - 1) * size, t + 1))
+            assert min(n + 1, size + 1) <= len(seen) <= 2 * size and t - seen[0] <= 2 * size - 1
+
+
+@pytest.mark.parametrize("length", [1, 5, 9, 10])
+def test_blockwise_causal_attention_is_causal_up_to_two_blocks(length: int) -> None:
+    tokens = Tokens.blank(length)
+    assert torch.equal((CAUSAL & Blocks(5)).allow(tokens, tokens), CAUSAL.allow(tokens, tokens))
+    if length <= 5:
+        assert lower(CAUSAL & Blocks(5), tokens, tokens, "same") == Lowered(causal=length > 1)
+
+
+def test_masks_have_names_on_the_command_line() -> None:
+    assert mask_named("full") == CAUSAL
+    assert mask_named("window:128") == CAUSAL & Window(128)
+    assert mask_named("blocks:64") == CAUSAL & Blocks(64)
+    assert [mask_named(words).reach for words in ("full", "window:128", "blocks:64")] == [None, 128, 128]
+    for words in ("blocks", "blocks:", "blocks:0", "blocks:-1", "full:3", "ring:3", ""):
+        with pytest.raises(TorchstoneError, match="attention: is full, window:SIZE or blocks:SIZE"):
+            mask_named(words)
 
 
 def test_windows_compose_and_equal_terms_stand_once() -> None:
@@ -128,13 +168,15 @@ def test_term_of_ones_own_is_lowered_like_any_other() -> None:
     assert torch.equal(dense(lower(mask, tokens, tokens, "same"), 1, 6, 6), mask.allow(tokens, tokens))
 
 
-@pytest.mark.parametrize("position", ["none", "rotary", "alibi", "t5"])
+@pytest.mark.parametrize("position", ["none", "rotary", "xpos", "alibi", "t5"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("columns", ["plain", "documents", "padding"])
 def test_attention_in_blocks_equals_attention_at_once_forwards_and_backwards(
     float64: None, monkeypatch: pytest.MonkeyPatch, position: str, window: int | None, causal: bool, columns: str
 ) -> None:
+    if position == "xpos" and not causal:
+        pytest.skip("xpos has no bidirectional form")
     positions = Positions(64, causal)
     spec = resolve("attention", "softmax")(heads=4, kv_heads=2, window=window)
     site = Site(width=32, position_spec=resolve("position", position)(), positions=positions, causal=causal)
@@ -152,7 +194,7 @@ def test_attention_in_blocks_equals_attention_at_once_forwards_and_backwards(
         monkeypatch.setattr(masks, "_LARGEST", largest)
         monkeypatch.setattr(kernels.blockwise, "__kwdefaults__", {**kernels.blockwise.__kwdefaults__, "block": 7})
         ctx = Context(tokens, tokens, CAUSAL if causal else BIDIRECTIONAL, positions=positions)
-        flags_say_it = window is None and columns == "plain" and position in ("none", "rotary")
+        flags_say_it = window is None and columns == "plain" and position in ("none", "rotary", "xpos")
         low = ctx.lowered(window, module.position if module.biased else None)
         assert (low.mask_of is not None) == (largest == 8 and not flags_say_it)
         inside = x.clone().requires_grad_()

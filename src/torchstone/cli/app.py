@@ -20,6 +20,9 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their sche
 app.add_typer(recipe_app, name="recipe")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
+Attention = Annotated[
+    str, typer.Option("--attention", help="What a token sees of those before it: full, window:SIZE or blocks:SIZE.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
@@ -87,6 +90,7 @@ def generate(
         list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    attention: Attention = "full",
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -114,7 +118,9 @@ def generate(
     settings = Sampling.of_settings(folder.generation_settings())
     asked = {name: value for name, value in given.items() if value is not None}
     options = validate(Sampling, {**settings, **asked}, "generate")
-    engine = Engine.of_run(folder, device=device, precision=precision, compile=compile, cache_bits=cache_bits)
+    engine = Engine.of_run(
+        folder, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
+    )
     if as_json:
         _print_json(
             [
@@ -318,6 +324,14 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option("--stride", help="Tokens from window to window; by default half a window.")
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Instead of perplexity: bits per byte of text by tokens read, as in 128,256."),
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option("--last", help="With --lengths: tokens scored; by default half the shortest.")
+    ] = None,
+    attention: Attention = "full",
     limit: Annotated[int | None, typer.Option("--limit", help="Documents or items of each source at most.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences that the model reads at once.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -327,6 +341,7 @@ def evaluate(
 ) -> None:
     """Measure a run: perplexity, bits per byte and accuracies, each with its 95 % confidence interval."""
     from torchstone.api import load
+    from torchstone.compare.options import whole_numbers_of
     from torchstone.evaluate import report
 
     folder = load(run)
@@ -339,6 +354,9 @@ def evaluate(
         include_path=include_path,
         window=window,
         stride=stride,
+        lengths=() if lengths is None else whole_numbers_of("--lengths", lengths),
+        last=last,
+        attention=attention,
         limit=limit,
         device=device,
         precision=precision,

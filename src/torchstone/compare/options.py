@@ -12,7 +12,7 @@ from torchstone.compare.result import Metric
 from torchstone.compare.variants import split_values
 from torchstone.errors import TorchstoneError, nearest
 
-__all__ = ["Options", "grid_of", "numbers_of", "one_of", "seconds_of"]
+__all__ = ["Options", "grid_of", "numbers_of", "one_of", "seconds_of", "whole_numbers_of"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,18 @@ def numbers_of(option: str, text: str) -> tuple[float, ...]:
     if not found or not all(math.isfinite(value) and value > 0 for value in found):
         raise TorchstoneError(f"{option}: needs numbers above zero, as in 1,2,4; got {text!r}")
     return found
+
+
+def whole_numbers_of(option: str, text: str) -> tuple[int, ...]:
+    """``128,256`` as whole numbers above zero.
+
+    Raises:
+        TorchstoneError: something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise TorchstoneError(f"{option}: needs whole numbers above zero, as in 128,256; got {text!r}")
+    return tuple(int(part) for part in parts)
 
 
 def grid_of(text: str) -> tuple[str, tuple[float, ...]]:

@@ -6,9 +6,11 @@ several tasks on a run. `torchstone.evaluate.harness` is for the tasks of lm-eva
 
 from __future__ import annotations
 
+from torchstone.evaluate.attention_resolution import attention_resolution, score_curve
 from torchstone.evaluate.classification import Example, classification, read_examples
 from torchstone.evaluate.evaluation import Sources, evaluate, report
 from torchstone.evaluate.intervals import Estimate, ratio, wilson
+from torchstone.evaluate.lengths import bits_by_length
 from torchstone.evaluate.minimal_pairs import Pair, minimal_pairs, read_pairs
 from torchstone.evaluate.multiple_choice import Question, multiple_choice, read_questions
 from torchstone.evaluate.progress import Progress
@@ -25,6 +27,8 @@ __all__ = [
     "Result",
     "Scorer",
     "Sources",
+    "attention_resolution",
+    "bits_by_length",
     "classification",
     "evaluate",
     "minimal_pairs",
@@ -36,5 +40,6 @@ __all__ = [
     "read_pairs",
     "read_questions",
     "report",
+    "score_curve",
     "wilson",
 ]

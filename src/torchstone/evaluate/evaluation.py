@@ -10,6 +10,7 @@ from typing import Any
 from torchstone.errors import TorchstoneError
 from torchstone.evaluate.classification import classification, label_names, read_examples
 from torchstone.evaluate.intervals import CONFIDENCE
+from torchstone.evaluate.lengths import bits_by_length
 from torchstone.evaluate.minimal_pairs import minimal_pairs, read_pairs
 from torchstone.evaluate.multiple_choice import multiple_choice, read_questions
 from torchstone.evaluate.progress import Progress
@@ -17,6 +18,7 @@ from torchstone.evaluate.result import Result
 from torchstone.evaluate.scoring import Scorer
 from torchstone.evaluate.text import perplexity, read_documents
 from torchstone.files import write_json
+from torchstone.model.mask import mask_named
 from torchstone.train.run import RunFolder
 
 __all__ = ["Sources", "evaluate", "report"]
@@ -36,6 +38,9 @@ def evaluate(
     include_path: str | Path | None = None,
     window: int | None = None,
     stride: int | None = None,
+    lengths: Sequence[int] = (),
+    last: int | None = None,
+    attention: str = "full",
     limit: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
@@ -52,6 +57,10 @@ def evaluate(
         tasks: tasks of lm-evaluation-harness (extra `eval`).
         include_path: a folder with task files for it.
         window, stride: of texts; see `Scorer.windows`.
+        lengths, last: bits per byte of texts by the length of what is read, in the place of perplexity; see
+            `bits_by_length`.
+        attention: what a model that reads from left to right may see: "full", "window:128", "blocks:64"; see
+            `torchstone.model.mask.mask_named`.
         limit: documents or items of each source, at most.
         device, precision, batch: where and how the model runs.
         out: file for the report as JSON.
@@ -84,9 +93,18 @@ def evaluate(
         raise TorchstoneError(
             "tasks: need lm-evaluation-harness, which is not installed: pip install 'torchstone[eval]'"
         )
-    options = {"limit": limit, "window": window, "stride": stride}
+    if lengths and (window is not None or stride is not None):
+        raise TorchstoneError("evaluate: window and stride slide over a text, and lengths do not; give one of them")
+    if lengths and not _several(text):
+        raise TorchstoneError("evaluate: lengths are for text, and none is given")
+    if last is not None and not lengths:
+        raise TorchstoneError("evaluate: last is for lengths, and none are given")
+    mask = mask_named(attention)
+    options = {"limit": limit, "window": window, "stride": stride, "lengths": tuple(lengths), "last": last}
     ready = [prepare(source, run, options) for prepare, source in sources]
-    scorer = Scorer.of_run(run, device=device, precision=precision, batch=batch, progress=Progress(quiet))
+    scorer = Scorer.of_run(
+        run, device=device, precision=precision, batch=batch, attention=mask, progress=Progress(quiet)
+    )
     results = [task(scorer) for task in ready]
     if names:
         from torchstone.evaluate.harness import HarnessModel, run_tasks
@@ -112,6 +130,8 @@ def _several(sources: Any) -> list[str]:
 
 def _text(source: str, run: RunFolder, options: dict[str, Any]) -> Task:
     documents = read_documents(source, options["limit"])
+    if options["lengths"]:
+        return lambda scorer: bits_by_length(scorer, documents, source, options["lengths"], options["last"])
     return lambda scorer: perplexity(scorer, documents, source, options["window"], options["stride"])
 
 

@@ -24,7 +24,7 @@ from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.evaluate.progress import Progress
 from torchstone.model.head import Product
-from torchstone.model.mask import BIDIRECTIONAL, CAUSAL
+from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Mask
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
 from torchstone.ops.cross_entropy import linear_nll
@@ -85,6 +85,7 @@ class Scorer:
         start: token that an empty prompt stands for, and that the decoder of an encoder-decoder starts from; None is
             the tokenizer's separator.
         batch: rows of a forward. It changes no figure beyond rounding.
+        attention: which of the tokens before it a token sees, in a model that reads from left to right.
         progress: says how far it is; None says nothing.
 
     Raises:
@@ -99,6 +100,7 @@ class Scorer:
         masked: bool | None = None,
         start: int | None = None,
         batch: int = 16,
+        attention: Mask = CAUSAL,
         progress: Progress | None = None,
     ) -> None:
         if not isinstance(model, Transformer):
@@ -109,6 +111,13 @@ class Scorer:
             raise TorchstoneError(f"evaluate: batch is {batch}, 1 or more is needed")
         self.model, self.tokenizer, self.batch = model.eval(), tokenizer, batch
         self.masked = model.decoder is None if masked is None else masked
+        if self.masked and attention != CAUSAL:
+            raise TorchstoneError(
+                "evaluate: attention is for models that read from left to right; this reads both ways"
+            )
+        if not self.masked:
+            model.check_mask(attention)
+        self.attention = attention
         self.device = next(model.parameters()).device
         self.progress = Progress(quiet=True) if progress is None else progress
         self._start = start
@@ -121,6 +130,7 @@ class Scorer:
         device: str = "cpu",
         precision: str = "fp32",
         batch: int = 16,
+        attention: Mask = CAUSAL,
         progress: Progress | None = None,
     ) -> Scorer:
         """The scorer of a run directory's newest weights.
@@ -136,7 +146,7 @@ class Scorer:
         seq2seq = getattr(model, "encoder", None) is not None and getattr(model, "decoder", None) is not None
         start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
         masked = getattr(model, "decoder", None) is None or run.recipe.objective.kind == "masked_lm"
-        return cls(model, tokenizer, masked=masked, start=start, batch=batch, progress=progress)
+        return cls(model, tokenizer, masked=masked, start=start, batch=batch, attention=attention, progress=progress)
 
     # -- what the model is
 
@@ -409,7 +419,7 @@ class Scorer:
         return [Score(total, same) for total, same in zip(sums, best, strict=True)]
 
     def _sight(self) -> dict[str, Any]:
-        return {"mask": BIDIRECTIONAL if self.masked else CAUSAL}
+        return {"mask": BIDIRECTIONAL if self.masked else self.attention}
 
     def _check(self, x: torch.Tensor) -> None:
         if not torch.isfinite(x).all():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torchstone.model.context import Context, Memory
-from torchstone.model.mask import CAUSAL
+from torchstone.model.mask import CAUSAL, Mask
 from torchstone.model.state import Fixed, Growing, PartState, State
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
@@ -38,10 +38,11 @@ class CompiledStep:
     Args:
         model: its weights must not change while this object is in use.
         backend: of `torch.compile`.
+        mask: which of the tokens before it a token sees.
     """
 
-    def __init__(self, model: Transformer, backend: str = "inductor") -> None:
-        self.model, self.backend = model, backend
+    def __init__(self, model: Transformer, backend: str = "inductor", mask: Mask = CAUSAL) -> None:
+        self.model, self.backend, self.mask = model, backend, mask
         self._graphs: dict[tuple[Any, ...], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
         self._order_S = torch.arange(0)
 
@@ -89,7 +90,7 @@ class CompiledStep:
             state.memory_tokens = replace(state.memory_tokens, **columns)
 
     def _compile(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        model = self.model
+        model, mask = self.model, self.mask
 
         def step(
             ids_B: torch.Tensor,
@@ -102,7 +103,7 @@ class CompiledStep:
             index_B1 = length_B[:, None]
             q = Tokens(index_B1, ids=ids_B[:, None])
             encoded = None if memory is None else Memory(None, memory)
-            ctx = Context(q, Tokens(order_S[None]), CAUSAL, "general", index_B1, model.main.positions, encoded)
+            ctx = Context(q, Tokens(order_S[None]), mask, "general", index_B1, model.main.positions, encoded)
             hidden, _ = model.core(q.ids, ctx, "decoder", None, parts)
             logits_BV = model.head(hidden, q, model.embedding.table())[:, -1]
             length_B += add_B

@@ -26,6 +26,7 @@ from torchstone.generate.compiled import CompiledStep, CompileFailed
 from torchstone.generate.noise import NoiseSource, Request, SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.text import Writer
+from torchstone.model.mask import CAUSAL, Mask, mask_named
 from torchstone.model.state import State
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
@@ -163,6 +164,8 @@ class Engine:
             for; None is the tokenizer's separator.
         chunk: prompt tokens that are read at once.
         cache_bits: bits a number, on average, that growing caches are held in; lossy. None: as `dtype` has them.
+        attention: which of the tokens before it a token sees. Where its reach is bounded, caches are rings of that many
+            tokens, so that a text of any length takes the same memory.
 
     Raises:
         TorchstoneError: the model cannot generate.
@@ -180,6 +183,7 @@ class Engine:
         start: int | None = None,
         chunk: int = 512,
         cache_bits: int | None = None,
+        attention: Mask = CAUSAL,
     ) -> None:
         if not isinstance(model, Transformer) or model.decoder is None:
             kind = getattr(model, "kind", type(model).__name__)
@@ -187,8 +191,10 @@ class Engine:
         model.vocabulary_head()
         if compile not in get_args(Compile):
             raise TorchstoneError(f"generate: compile is one of {', '.join(get_args(Compile))}, not {compile!r}")
+        model.check_mask(attention, decoding=True)
         self.source, self.tokenizer, self.compile, self.chunk = model, tokenizer, compile, max(1, chunk)
         self.cache_bits = cache_bits
+        self.attention = attention
         weight = next(model.parameters())
         self.dtype = weight.dtype if dtype is None else dtype
         self.device = weight.device if device is None else torch.device(device)
@@ -212,22 +218,25 @@ class Engine:
         precision: str = "fp32",
         compile: str = "auto",
         cache_bits: int | None = None,
+        attention: str = "full",
     ) -> Engine:
-        """The engine of a run directory's newest weights.
+        """The engine of a run directory's newest weights; `attention` as in `torchstone.model.mask.mask_named`.
 
         Raises:
-            TorchstoneError: no weights yet, a device that is not there, a precision other than fp32 and bf16.
+            TorchstoneError: no weights yet, a device that is not there, a precision other than fp32 and bf16, an
+                attention that the model cannot honour.
         """
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         if precision not in dtypes:
             raise TorchstoneError(f"generate: precision is one of {', '.join(dtypes)}, not {precision!r}")
-        settings = run.generation_settings()
+        mask, settings = mask_named(attention), run.generation_settings()
         model = run.model(device=choose_device(device), dtype=dtypes[precision])
         tokenizer = run.tokenizer() if (run.path / "tokenizer.json").is_file() else None
         seq2seq = getattr(model, "encoder", None) is not None
         start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
+        eos = settings.get("eos_token_id")
         return cls(
-            model, tokenizer, compile=compile, eos=settings.get("eos_token_id"), start=start, cache_bits=cache_bits,  # type: ignore[arg-type]
+            model, tokenizer, compile=compile, eos=eos, start=start, cache_bits=cache_bits, attention=mask  # type: ignore[arg-type]
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -472,7 +481,9 @@ class Engine:
             source_BS, source_valid = self._padded([row.memory or [] for row in firsts])
             memory = Tokens.of(source_BS, valid=source_valid)
         T = ids_BT.shape[1]
-        state = self.model.state(len(firsts), min(need, T + _ROOM), cache_bits=self.cache_bits)
+        state = self.model.state(
+            len(firsts), min(need, T + _ROOM), cache_bits=self.cache_bits, mask=self.attention
+        )  # fmt: skip
         state.extend(state.extent + spare)
         logits_BV: torch.Tensor | None = None
         for a in range(0, T, self.chunk):
@@ -480,7 +491,9 @@ class Engine:
             piece = ids_BT[:, a:b]
             valid = None if valid_BT is None else valid_BT[:, a:b]
             inputs = piece if valid is None else Tokens.of(piece, valid=valid)
-            out = self.model(inputs, state=state, outputs="last", memory=memory if a == 0 else None)
+            out = self.model(
+                inputs, state=state, mask=self.attention, outputs="last", memory=memory if a == 0 else None
+            )
             assert out.logits is not None
             new = out.logits[:, -1]
             # a row that ended in an earlier chunk has nothing here, and keeps what followed its own last token
@@ -514,7 +527,7 @@ class Engine:
         if compiled is not None:
             best_B, logits_BV = compiled(state, ids_B, add_B, longest)
             return logits_BV, best_B
-        out = self.model(ids_B[:, None], state=state, outputs="last")
+        out = self.model(ids_B[:, None], state=state, mask=self.attention, outputs="last")
         assert out.logits is not None
         return out.logits[:, -1], None
 
@@ -527,7 +540,7 @@ class Engine:
             if reason is not None:
                 self._step_aside(reason)
                 return None
-            self._compiled = CompiledStep(self.model)
+            self._compiled = CompiledStep(self.model, mask=self.attention)
         return self._compiled
 
     def _step_aside(self, reason: str) -> None:

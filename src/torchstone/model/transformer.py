@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         """
         tokens = self._enter(inputs, state)
         mask = mask if mask is not None else CAUSAL if self.decoder is not None else BIDIRECTIONAL
-        self._honours(mask, state)
+        self.check_mask(mask, decoding=state is not None)
         aux: Aux = {}
         memory_out = None
         if self.encoder is not None and self.decoder is not None:
@@ -380,8 +380,13 @@ class Transformer(nn.Module):
             state.memory_tokens = memory.tokens
         return memory, aux
 
-    def _honours(self, mask: Mask, state: State | None) -> None:
-        if state is not None and not mask.causal:
+    def check_mask(self, mask: Mask, decoding: bool = False) -> None:
+        """Refuse masks that a layer cannot honour.
+
+        Raises:
+            TorchstoneError: with the layer and what it can.
+        """
+        if decoding and not mask.causal:
             raise TorchstoneError("mask: decoding with a state needs a causal mask")
         side: Literal["decoder", "encoder"] = "decoder" if self.decoder is not None else "encoder"
         if not mask.causal:
