@@ -86,6 +86,18 @@ def test_the_command_prints_one_figure_a_length(cli: Callable[..., Any], run: Pa
     assert plain["bits_per_byte"].value != blocks["bits_per_byte"].value
 
 
+def test_the_command_writes_under_an_attention(cli: Callable[..., Any], run: Path) -> None:
+    command = ("generate", run, "--prompt", "abc def ghi", "--max-new-tokens", "9", "--temperature", "0", "--json")
+    texts = {}
+    for words in ("full", "window:500", "blocks:2"):
+        said = cli(*command, "--device", "cpu", "--attention", words)
+        assert said.status == 0, said.err
+        texts[words] = json.loads(said.out)[0]["ids"]
+    assert texts["full"] == texts["window:500"] and len(texts["blocks:2"]) == 9
+    said = cli(*command, "--attention", "blocks")
+    assert said.status == 2 and "attention: is full, window:SIZE or blocks:SIZE" in said.err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -191,7 +191,7 @@ def _held_out(data: DataSpec, size: _Size) -> list[Document]:
     """Documents of the test split that hold a window beyond their first one, which is left out: preambles are alike.
     Cut to three windows each."""
     longest, found = 8 * size.trained, []
-    for document in data.prepare().texts("test"):  # type: ignore[attr-defined]
+    for document in data.prepare().texts("test"):
         text = document.text[longest : 4 * longest + 1]
         if len(text.encode()) > longest:
             found.append(Document(document.name, text))
@@ -202,7 +202,8 @@ def _measured(
     size: _Size, position: str, seed: int, documents: Sequence[Document], attentions: Sequence[str]
 ) -> dict[str, float]:
     """Bits a byte by attention and length, of one training."""
-    recipe, found = load_recipe(_recipe(size, position, seed)), {}
+    recipe = load_recipe(_recipe(size, position, seed))
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="torchstone-xpos-") as folder:
         run = train(recipe, out=Path(folder) / "run", quiet=True)
         lengths = [size.trained * factor for factor in (1, 2, 4, 8)]
