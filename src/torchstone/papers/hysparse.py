@@ -94,7 +94,7 @@ def _oracle(scale: Scale, first: int) -> Measured:
         forced = {"sparse_gate": torch.ones_like, "window_gate": torch.zeros_like}
         taps = Taps(record=["mixed"], replace=forced)
         with torch.no_grad():
-            q, k, _, _, _ = full.own(x, plain, None)
+            q, k, *_ = full.own(x, plain, None)
             _, given, _ = full(x, plain)
             q_sparse = wide.own(x, plain, None)[0]
             wide(x, Context(plain.q, plain.k, positions=positions, taps=taps), None, given)
@@ -218,8 +218,7 @@ RETRIEVAL = Claim(
 PAPER = Paper(
     slug="hysparse",
     title="HySparse: A Hybrid Sparse Attention Architecture with Oracle Token Selection and KV Cache Sharing",
-    authors="Yizhao Gao, Jianyu Wei, Qihao Zhang, Yu Cheng, Shimao Chen, Zhengju Tang, Zihan Jiang, Yifan Song, Hailin "
-    "Zhang, Liang Zhao, Bo Yang, Gang Wang, Shijie Cao, Fuli Luo",
+    authors="Yizhao Gao, Jianyu Wei, Qihao Zhang et al., Shijie Cao, Fuli Luo",
     year=2026,
     link="https://arxiv.org/abs/2602.03560",
     topics=("sparse attention", "long context", "cache", "decoding"),
