@@ -1,4 +1,4 @@
-"""Tiny models for the checks: one per variant, and a covering array in which every legal pair of variants occurs.
+"""Tiny models for the checks: one per variant, and an array of cases in which every variant meets every kind.
 
 What is legal is judged by the specs' own validation. Everything is deterministic.
 """
@@ -131,29 +131,45 @@ def _spec(case: Case) -> TransformerSpec:
 
 
 Pair = tuple[tuple[str, str], tuple[str, str]]
+"""A variant of one axis and a kind of another: (axis, value), (axis, kind)."""
+
+
+@functools.cache
+def kind_of(axis: str, value: str) -> str:
+    """The kind that a value of an axis is a variant of."""
+    return value if axis == "form" else str(axes()[axis][value][axis]["kind"])
 
 
 def pairs_of(chosen: Mapping[str, str]) -> set[Pair]:
-    """All pairs of values of two axes in one choice."""
-    return set(itertools.combinations(chosen.items(), 2))
+    """All pairs of a variant and a kind in one choice."""
+    return {((a, x), (b, kind_of(b, y))) for (a, x), (b, y) in itertools.permutations(chosen.items(), 2)}
+
+
+def all_pairs() -> list[Pair]:
+    """Every variant of every axis with every kind of every other."""
+    kinds = {axis: list(dict.fromkeys(kind_of(axis, value) for value in values)) for axis, values in axes().items()}
+    return [((a, x), (b, k)) for a, b in itertools.permutations(kinds, 2) for x in axes()[a] for k in kinds[b]]
 
 
 @functools.cache
 def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
-    """Cases in which every legal pair occurs, and the pairs that no model can have, with a sentence each.
+    """Cases in which every variant meets every kind of the other families, where that is legal, and the pairs that no
+    model can have, with a sentence each.
 
-    Greedy: for the first pair not covered, of many completions the legal one that covers most uncovered pairs.
+    Greedy: for the first pair not covered, of many completions the legal one that covers most uncovered pairs. That
+    every variant meets every other variant is for the slow product.
     """
     table = {axis: list(values) for axis, values in axes().items()}
-    order = [
-        ((a, x), (b, y)) for a, b in itertools.combinations(table, 2) for x, y in itertools.product(table[a], table[b])
-    ]
+    order = all_pairs()
     uncovered, illegal, cases, rng = set(order), {}, [], random.Random(0)
     for pair in order:
         if pair not in uncovered:
             continue
-        fixed, best, reason = dict(pair), None, ""
-        for attempt in range(120):
+        (a, x), (b, kind) = pair
+        alike = [value for value in table[b] if kind_of(b, value) == kind]
+        best, reason = None, ""
+        for attempt in range(60):
+            fixed = {a: x, b: alike[attempt] if attempt < len(alike) else rng.choice(alike)}
             chosen = {axis: rng.choice(values) for axis, values in table.items()} if attempt else dict(usual())
             chosen |= fixed
             if attempt % 2:  # choices that meet an uncovered pair with the fixed ones first
@@ -170,7 +186,7 @@ def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
                 best = (gain, case)
             else:
                 reason = reason or why
-            if best is not None and attempt >= 30:
+            if best is not None and attempt >= 20:
                 break
         if best is None:
             illegal[pair] = reason
@@ -182,7 +198,10 @@ def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
 
 
 def _new(fixed: Mapping[str, str], axis: str, value: str, uncovered: set[Pair]) -> bool:
-    return any(((a, x), (axis, value)) in uncovered or ((axis, value), (a, x)) in uncovered for a, x in fixed.items())
+    return any(
+        ((a, x), (axis, kind_of(axis, value))) in uncovered or ((axis, value), (a, kind_of(a, x))) in uncovered
+        for a, x in fixed.items()
+    )
 
 
 def singles() -> list[Case]:
