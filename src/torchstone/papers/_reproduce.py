@@ -25,7 +25,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.files import read_json, write_json
 from torchstone.papers._claim import Arms, Claim, Effect, Paper, Scale, Setting, decide_claim
 from torchstone.recipe import Recipe, parse_override
-from torchstone.spec import FAMILIES, kinds, resolve
+from torchstone.spec import resolve
 
 __all__ = ["EVIDENCE", "Outcome", "evidence_of", "read_evidence", "recipe_of", "record", "run_claim", "stale", "status"]
 
@@ -306,21 +306,19 @@ def claim_hash(claim: Claim) -> str:
 
 
 def sources(claim: Claim) -> dict[str, str]:
-    """Module -> SHA-256 of its file, for every kind that a claim's recipes name and every module its function names."""
-    found: dict[str, str] = {}
-    named = set(_kinds(claim))
-    for family in FAMILIES:
-        for kind in kinds(family):
-            if (family, kind) in named:
-                module = resolve(family, kind).__module__
-                found[module] = _digest(module)
-    for module in getattr(claim.run, "builds", ()):
-        found[module] = _digest(module)
-    return dict(sorted(found.items()))
+    """Module -> SHA-256 of its file, for every kind that a claim's recipes name or their stacks place, with the kinds
+    that it derives from, and every module that the claim's function names."""
+    bases = {base for family, kind in _kinds(claim) for base in resolve(family, kind).__mro__}
+    modules = {base.__module__ for base in bases if base.__module__.startswith("torchstone.")}
+    modules |= set(getattr(claim.run, "builds", ()))
+    # roots of families compute nothing; a kind that a claim's own file defines is part of the claim
+    files = (name for name in sorted(modules) if not hasattr(importlib.import_module(name), "__path__"))
+    return {name: _digest(name) for name in files if not name.startswith(("torchstone.papers.", "torchstone.spec"))}
 
 
 def _kinds(claim: Claim) -> Iterator[tuple[str, str]]:
     """(family, kind) of every part in the recipes of a claim's arms."""
+    from torchstone.model.transformer import TransformerSpec
     from torchstone.spec import PartSpec, Spec
 
     def walk(value: Any) -> Iterator[tuple[str, str]]:
@@ -331,11 +329,16 @@ def _kinds(claim: Claim) -> Iterator[tuple[str, str]]:
                 yield from walk(getattr(value, name))
 
     if claim.arms is not None:
+        for module in claim.arms.imports:
+            importlib.import_module(module)
         for patch in claim.arms.patches.values():
             recipe = from_patch("arm", dict(claim.arms.recipe), dict(patch)).recipe
-            yield from walk(recipe.model)
-            yield from walk(recipe.optimizer)
-            yield from walk(recipe.objective)
+            for part in (recipe.model, recipe.optimizer, recipe.objective, recipe.data):
+                yield from walk(part)
+            if isinstance(recipe.model, TransformerSpec):
+                for side in ("encoder", "decoder"):
+                    for layer in recipe.model.placed(side):
+                        yield from walk(layer)
 
 
 def _digest(module: str) -> str:
