@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from torchstone.interop.presets import preset
 from torchstone.model.measure import Measures, measure
+from torchstone.model.site import initialise
 from torchstone.model.transformer import TransformerSpec
+from torchstone.papers._claim import decide_claim
+from torchstone.papers._reproduce import recipe_of
+from torchstone.papers.yoco import CACHED_ONCE, LOSS, RECALL
 from torchstone.spec import validate
 
 
@@ -40,3 +46,23 @@ def test_a_window_in_the_first_half_keeps_rings(window: int) -> None:
     attention = {"kind": "softmax", "heads": 24, "kv_heads": 8, "window": window}
     found = measured(stack={"kind": "yoco", "self_attention": attention})
     assert (found.state_bytes_per_token, found.state_bytes_fixed) == (4096, 13 * window * 4096)
+
+
+@pytest.mark.slow
+def test_caches_and_the_early_exit_are_as_claimed() -> None:
+    assert CACHED_ONCE.run is not None
+    assert decide_claim(CACHED_ONCE, CACHED_ONCE.run("quick", 0).numbers, {})[0] == "holds"
+
+
+def test_the_sabotage_arm_sees_no_further_than_its_window() -> None:
+    for claim, window in ((RECALL, 4), (LOSS, 1)):
+        spec = recipe_of(claim, "evidence", "yoco_narrow", None).model.model_copy(update={"vocabulary": 300})
+        model: Any = initialise(spec.build(), 0)
+        reach = 1 + 4 * (window - 1)  # of four layers
+        ids = torch.zeros(1, 20, dtype=torch.int64)
+        other = ids.clone()
+        other[0, : 20 - reach] = 1
+        a, b = (model(x, outputs="last").logits for x in (ids, other))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        other[0, 20 - reach] = 1
+        assert (a - model(other, outputs="last").logits).abs().max() > 1e-5
