@@ -58,7 +58,7 @@ def test_the_sabotage_arm_sees_no_further_than_its_window() -> None:
     for claim, window in ((RECALL, 4), (LOSS, 1)):
         spec = recipe_of(claim, "evidence", "yoco_narrow", None).model.model_copy(update={"vocabulary": 300})
         model: Any = initialise(spec.build(), 0)
-        reach = 1 + 4 * (window - 1)  # of four layers
+        reach = 1 + 3 * (window - 1)  # two layers, and once more from the keys and values that the others share
         ids = torch.zeros(1, 20, dtype=torch.int64)
         other = ids.clone()
         other[0, : 20 - reach] = 1
