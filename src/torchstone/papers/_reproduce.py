@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -308,12 +309,13 @@ def claim_hash(claim: Claim) -> str:
 def sources(claim: Claim) -> dict[str, str]:
     """Module -> SHA-256 of its file, for every kind that a claim's recipes name or their stacks place, with the kinds
     that it derives from, and every module that the claim's function names."""
-    bases = {base for family, kind in _kinds(claim) for base in resolve(family, kind).__mro__}
-    modules = {base.__module__ for base in bases if base.__module__.startswith("torchstone.")}
-    modules |= set(getattr(claim.run, "builds", ()))
-    # roots of families compute nothing; a kind that a claim's own file defines is part of the claim
-    files = (name for name in sorted(modules) if not hasattr(importlib.import_module(name), "__path__"))
-    return {name: _digest(name) for name in files if not name.startswith(("torchstone.papers.", "torchstone.spec"))}
+    modules = set(getattr(claim.run, "builds", ()))
+    for family, kind in _kinds(claim):
+        # up to the root of the family, which computes nothing
+        line = itertools.takewhile(lambda base: "family" not in vars(base), resolve(family, kind).__mro__)
+        modules |= {base.__module__ for base in line}
+    # a kind that a claim's own file defines is part of the claim
+    return {name: _digest(name) for name in sorted(modules) if not name.startswith("torchstone.papers.")}
 
 
 def _kinds(claim: Claim) -> Iterator[tuple[str, str]]:
