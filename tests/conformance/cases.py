@@ -168,9 +168,11 @@ def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
         (a, x), (b, kind) = pair
         alike = [value for value in table[b] if kind_of(b, value) == kind]
         best, reason = None, ""
-        for attempt in range(60):
+        for attempt in range(200):
             fixed = {a: x, b: alike[attempt] if attempt < len(alike) else rng.choice(alike)}
             chosen = {axis: rng.choice(values) for axis, values in table.items()} if attempt else dict(usual())
+            if attempt % 3 == 2:  # usual but for two choices, where one thing calls for another
+                chosen = {**usual(), **{axis: chosen[axis] for axis in rng.sample(list(table), 2)}}
             chosen |= fixed
             if attempt % 2:  # choices that meet an uncovered pair with the fixed ones first
                 for axis, values in table.items():

@@ -20,6 +20,7 @@ from torchstone.model.measure import measure
 from torchstone.model.position import Positions
 from torchstone.model.position.rotary import RotarySpec
 from torchstone.model.site import Gives, Site, initialise
+from torchstone.model.stack import LayerSpec
 from torchstone.model.state import PartState
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens
@@ -324,5 +325,7 @@ def test_what_does_not_go_together_is_refused(body: dict[str, Any], sentence: st
 
 
 def test_a_block_that_does_not_divide_the_budget_is_refused_by_the_layer_too() -> None:
-    with pytest.raises(TorchstoneError, match="top_tokens: 10 is no multiple of a block of 4 keys"):
-        torchstone.build(OracleSparseSpec(heads=4, block=4, top_tokens=10), width=32)
+    spec = OracleSparseSpec(heads=4, block=4, top_tokens=10)
+    assert "top_tokens: 10 is no multiple of a block of 4 keys" in str(spec.illegal(LayerSpec(attention=spec), 32))
+    with pytest.raises(TorchstoneError, match="needs block_max, keys_values of another layer; only a stack"):
+        torchstone.build(spec, width=32)

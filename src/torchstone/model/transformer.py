@@ -390,7 +390,7 @@ class Transformer(nn.Module):
             raise TorchstoneError("mask: decoding with a state needs a causal mask")
         side: Literal["decoder", "encoder"] = "decoder" if self.decoder is not None else "encoder"
         if not mask.causal:
-            parts = [each for layer in self.spec.plan(side) for each in (layer.attention, layer.position)]
+            parts = [each for layer in self.spec.placed(side) for each in (layer.attention, layer.position)]
             stuck = next((each for each in parts if each.causal_only), None)
             if stuck is not None:
                 raise TorchstoneError(f"mask: {stuck.family} {stuck.kind} has no bidirectional form")
