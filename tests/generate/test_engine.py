@@ -411,3 +411,21 @@ def test_models_that_cannot_generate_are_refused() -> None:
         Engine(build()).generate(ids(3), Sampling(stop=("a",)))
     with pytest.raises(TorchstoneError, match="1 names for 2 prompts"):
         Engine(build()).generate(ids(3, 4), requests=[1])
+
+
+def test_a_prefix_stands_before_every_prompt_and_stays_as_it_is() -> None:
+    model, (before, *prompts) = build(position="learned"), ids(7, 4, 2)
+    state = model.state(1, 7)
+    with torch.no_grad():
+        model(torch.tensor([before]), state=state)
+    engine = Engine(model, compile="off", chunk=3)
+    for _ in range(2):
+        done = engine.generate(prompts, Sampling(max_new_tokens=9, temperature=0), prefix=state)
+        assert [x.ids for x in done] == [recomputed(model, [*before, *prompt], 9) for prompt in prompts]
+    assert state.longest == state.extent == 7
+    with pytest.raises(TorchstoneError, match="prefix: needs a state of one row, this one has 2"):
+        engine.generate(prompts, prefix=state.fork(torch.tensor([0, 0])))
+    with pytest.raises(
+        TorchstoneError, match="prompt of 58 tokens is too long: the model knows 64 positions, and 7 are taken"
+    ):
+        engine.generate(ids(58), prefix=state)

@@ -216,6 +216,67 @@ def test_decoding_with_a_mask_that_is_not_causal_is_refused() -> None:
         built(torch.zeros(1, 2, dtype=torch.int64), state=built.state(1, 4), mask=BIDIRECTIONAL)
 
 
+@torch.no_grad()
+def test_rows_that_are_joined_are_seen_together_at_their_own_positions(float64: None) -> None:
+    built, ids_BT = model(), torch.randint(61, (3, 5))
+    state = built.state(3, 5)
+    lengths = torch.tensor([[5], [3], [5]])
+    built(Tokens.of(ids_BT, valid=torch.arange(5) < lengths), state=state)
+    one = State.joined([state], shared=1)
+    assert one.longest == 5 + 2 + 4 and one.rows == 1 and one.reach == 5
+    assert one.position_BS is not None and one.position_BS.tolist() == [[0, 1, 2, 3, 4, 1, 2, 1, 2, 3, 4]]
+    for path, part in one.parts.items():
+        k = state.parts[path].tensors["k"]
+        assert torch.equal(part.tensors["k"][0], torch.cat([k[0], k[1, 1:3], k[2, 1:]]))
+    again = State.joined([one, state], shared=1)
+    assert again.longest == 11 + 4 + 2 + 4 and torch.equal(again.position_BS[0, :11], one.position_BS[0])  # type: ignore[index]
+
+
+def test_a_state_that_keeps_no_tokens_apart_cannot_be_joined() -> None:
+    for growth in ("ring", "recurrent", "fixed"):
+        with pytest.raises(TorchstoneError, match=f"state of a is {growth} and cannot be joined; growing ones can"):
+            State.joined([state_of(growth, size=4)])
+    documents = state_of("growing")
+    documents.begin(Tokens.blank(2, start=torch.tensor([[0, 1]])))
+    documents.end()
+    with pytest.raises(TorchstoneError, match="rows that hold several documents cannot be joined"):
+        State.joined([documents])
+
+
+def test_tokens_of_which_no_position_is_said_have_the_next_one() -> None:
+    state = state_of("growing", rows=2, extent=8)
+    state.begin(
+        Tokens.blank(2, position=torch.tensor([[4, 5], [0, 1]]), valid=torch.tensor([[True] * 2, [True, False]]))
+    )
+    state.end()
+    q, k, _, _ = state.begin(Tokens.blank(2))
+    assert q.where.tolist() == [[6, 7], [1, 2]] and k.where.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    state.end()
+    assert state.reach == 8
+    state.truncate(0)
+    q, _, _, _ = state.begin(Tokens.blank(1))
+    assert q.where.tolist() == [[0], [0]] and state.reach == 0
+
+
+@torch.no_grad()
+def test_offsets_of_keys_are_kept_beside_the_cache(float64: None) -> None:
+    built, ids_BT = model(), torch.randint(61, (2, 6))
+    tokens = Tokens.of(ids_BT, offset=torch.randn(2, 6))
+    whole, state = built(tokens).logits, built.state(2, 6)
+    for a, b in ((0, 3), (3, 4), (4, 6)):
+        torch.testing.assert_close(built(tokens.slice(a, b), state=state).logits, whole[:, a:b])
+    state = built.state(2, 6)
+    built(tokens.slice(0, 3), state=state)
+    fewer = Tokens.of(ids_BT, offset=torch.cat([tokens.offset[:, :3], torch.zeros(2, 3)], 1))  # type: ignore[index]
+    torch.testing.assert_close(built(ids_BT[:, 3:], state=state).logits, built(fewer).logits[:, 3:])
+
+
+def test_an_attention_without_scores_refuses_offsets() -> None:
+    built = model(attention={"kind": "retention", "heads": 4})
+    with pytest.raises(TorchstoneError, match="offset: attention retention of layer 0 adds no offsets to the scores"):
+        built(Tokens.of(torch.zeros(1, 3, dtype=torch.int64), offset=torch.zeros(1, 3)))
+
+
 # ---------------------------------------------------------------------------------------------------------- few bits
 
 

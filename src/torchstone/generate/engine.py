@@ -260,6 +260,7 @@ class Engine:
         requests: Sequence[Request] | None = None,
         noise: NoiseSource | None = None,
         guides: Sequence[Guide] = (),
+        prefix: State | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -270,13 +271,14 @@ class Engine:
             requests: name of each row for the noise source; by default its number.
             noise: where randomness comes from; by default (seed, request, step).
             guides: score functions, applied to the logits in order before everything else.
+            prefix: decode state of one row that stands before every prompt and is left as it is; no step is compiled.
 
         Raises:
             TorchstoneError: a prompt that is too long or holds unknown ids, no tokenizer for a text, no prompt.
         """
         sampling = sampling or Sampling()
-        rows = self._rows(prompts, sampling, memory, requests)
-        for _ in self._run(rows, sampling, noise, guides):
+        rows = self._rows(prompts, sampling, memory, requests, prefix)
+        for _ in self._run(rows, sampling, noise, guides, prefix):
             pass
         return [row.completion(sampling.logprobs is not None) for row in rows]
 
@@ -289,13 +291,14 @@ class Engine:
         requests: Sequence[Request] | None = None,
         noise: NoiseSource | None = None,
         guides: Sequence[Guide] = (),
+        prefix: State | None = None,
     ) -> Iterator[Event]:
         """As `generate`, token by token: events of all rows in the order in which they are sampled.
 
         Bad input raises here, before the first event is asked for.
         """
         sampling = sampling or Sampling()
-        return self._run(self._rows(prompts, sampling, memory, requests), sampling, noise, guides)
+        return self._run(self._rows(prompts, sampling, memory, requests, prefix), sampling, noise, guides, prefix)
 
     # -- input
 
@@ -328,7 +331,12 @@ class Engine:
         return out
 
     def _rows(
-        self, prompts: Prompts | None, sampling: Sampling, memory: Prompts | None, requests: Sequence[Request] | None
+        self,
+        prompts: Prompts | None,
+        sampling: Sampling,
+        memory: Prompts | None,
+        requests: Sequence[Request] | None,
+        prefix: State | None,
     ) -> list[_Row]:
         """The generations to do, checked."""
         if isinstance(prompts, str) or isinstance(memory, str):
@@ -349,40 +357,51 @@ class Engine:
             raise TorchstoneError(f"requests: {len(names)} names for {len(encoded)} prompts")
         if sampling.stop and self.tokenizer is None:
             raise TorchstoneError("stop: stop strings are found in text, and the engine has no tokenizer")
+        if prefix is not None and prefix.rows != 1:
+            raise TorchstoneError(f"prefix: needs a state of one row, this one has {prefix.rows}")
+        before = 0 if prefix is None else prefix.reach
+        limit = self.model.limit
         rows = []
         for number, ids in enumerate(encoded):
-            self._check_length(len(ids), "prompt", number, len(encoded), self.model.limit)
+            self._check_length(len(ids), "prompt", number, len(encoded), limit, before)
             source = None if sources is None else sources[number]
             if source is not None:
                 assert self.model.encoder is not None
                 self._check_length(len(source), "memory", number, len(encoded), self.model.encoder.limit)
             # every token but the last is fed back, so the last one needs no position
-            room = sampling.max_new_tokens if self.model.limit is None else self.model.limit - len(ids) + 1
+            room = sampling.max_new_tokens if limit is None else limit - before - len(ids) + 1
             budget = min(sampling.max_new_tokens, room)
             writer = Writer(self.tokenizer, sampling.stop)
             rows.append(_Row(number, names[number], ids, source, budget, writer, list(ids)))
         return rows
 
     @staticmethod
-    def _check_length(length: int, what: str, number: int, of: int, limit: int | None) -> None:
-        if limit is not None and length > limit:
-            where = what if of == 1 else f"{what} {number}"
-            raise TorchstoneError(f"{where} of {length} tokens is too long: the model knows {limit} positions")
+    def _check_length(length: int, what: str, number: int, of: int, limit: int | None, before: int = 0) -> None:
+        if limit is not None and before + length > limit:
+            where, taken = what if of == 1 else f"{what} {number}", f", and {before} are taken" if before else ""
+            raise TorchstoneError(f"{where} of {length} tokens is too long: the model knows {limit} positions{taken}")
 
     # -- the loop
 
     def _run(
-        self, rows: list[_Row], sampling: Sampling, noise: NoiseSource | None, guides: Sequence[Guide]
+        self,
+        rows: list[_Row],
+        sampling: Sampling,
+        noise: NoiseSource | None,
+        guides: Sequence[Guide],
+        prefix: State | None,
     ) -> Iterator[Event]:
         if not rows:
             return
-        compiled = self._compiled_step(max(row.budget for row in rows))
+        # a compiled step knows no columns: it takes the place of a token for its position
+        compiled = self._compiled_step(max(row.budget for row in rows)) if prefix is None else None
         noise = SeededNoise(sampling.seed) if noise is None else noise
         plain = sampling.plain and not guides
-        need = max(len(row.prompt) + row.budget - 1 for row in rows)
+        held = 0 if prefix is None else prefix.longest
+        need = held + max(len(row.prompt) + row.budget - 1 for row in rows)
         live, step = list(rows), 0
         spare = 0 if compiled is None else 1  # slots that a compiled step wants beyond the newest token's
-        state, logits_BV = self._read(rows, need, spare)
+        state, logits_BV = self._read(rows, need, spare, prefix)
         if compiled is not None:
             compiled.settle(state)
         seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
@@ -413,7 +432,7 @@ class Engine:
                     state.length_B = torch.where(idle, 0, state.length_B)
             if seen_BV is not None:
                 seen_BV[torch.arange(len(live), device=self.device), ids_B] = True
-            longest = max(len(row.history) for row in live if row.finish is None) - 1
+            longest = held + max(len(row.history) for row in live if row.finish is None) - 1
             if longest + 1 + spare > state.extent:
                 state.extend(min(need + spare, 2 * state.extent))
             self.steps += 1
@@ -467,7 +486,7 @@ class Engine:
         return sampling.choose(logits_BV, history, noise, guides)
 
     @torch.no_grad()
-    def _read(self, rows: list[_Row], need: int, spare: int) -> tuple[State, torch.Tensor]:
+    def _read(self, rows: list[_Row], need: int, spare: int, prefix: State | None) -> tuple[State, torch.Tensor]:
         """State after the prompts and logits (B, V) of what follows; equal rows are read once."""
         unique: dict[tuple[Any, ...], int] = {}
         which = [
@@ -481,10 +500,14 @@ class Engine:
             source_BS, source_valid = self._padded([row.memory or [] for row in firsts])
             memory = Tokens.of(source_BS, valid=source_valid)
         T = ids_BT.shape[1]
-        state = self.model.state(
-            len(firsts), min(need, T + _ROOM), cache_bits=self.cache_bits, mask=self.attention
-        )  # fmt: skip
-        state.extend(state.extent + spare)
+        if prefix is None:
+            state = self.model.state(
+                len(firsts), min(need, T + _ROOM), cache_bits=self.cache_bits, mask=self.attention
+            )  # fmt: skip
+            state.extend(state.extent + spare)
+        else:
+            state = prefix.fork(torch.zeros(len(firsts), dtype=torch.int64, device=self.device))
+            state.extend(min(need, prefix.longest + T + _ROOM))
         logits_BV: torch.Tensor | None = None
         for a in range(0, T, self.chunk):
             b = min(a + self.chunk, T)

@@ -8,7 +8,7 @@ Shapes: B rows, T new tokens, S slots of a growing cache, W slots of a ring.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy as shallow
 from dataclasses import dataclass, replace
 from math import prod
@@ -208,6 +208,7 @@ class State:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.start_BS: torch.Tensor | None = None
         self.position_BS: torch.Tensor | None = None
+        self.offset_BS: torch.Tensor | None = None
         self.memory_tokens: Tokens | None = None
         self.longest = 0
         """Length of the longest row: known to the host, never to a part."""
@@ -223,10 +224,19 @@ class State:
         """B."""
         return self.length_B.shape[0]
 
+    @property
+    def reach(self) -> int:
+        """One more than the largest position that a token has."""
+        if self.position_BS is None or self.longest == 0:
+            return self.longest
+        held = torch.arange(self.longest, device=self.length_B.device) < self.length_B[:, None]
+        return int(torch.where(held, self.position_BS[:, : self.longest], -1).max()) + 1
+
     def begin(self, tokens: Tokens) -> tuple[Tokens, Tokens, torch.Tensor, Relation]:
         """Queries with their index in the history, the keys of growing caches, slots (B, T), and the relation.
 
-        `tokens.start` and `tokens.position`, where given, count in the row's whole history, not in this chunk.
+        `tokens.start` and `tokens.position`, where given, count in the row's whole history, not in this chunk. Where
+        they are not, a token belongs to the document of the token before it, and has the next position.
         Padding must be on the right: a padding token's slot is written again by the next real one, and causality
         hides it until then.
 
@@ -239,12 +249,14 @@ class State:
         index = self.length_B[:, None] + torch.arange(T, device=device)
         start = self._column("start_BS", tokens.start, index)
         position = self._column("position_BS", tokens.position, index)
+        self._column("offset_BS", tokens.offset, index)
         q = replace(tokens, index=index, start=start, position=position)
         S = self.extent if self.static else self.longest + T
         k = Tokens(
             torch.arange(S, device=device)[None],
             start=None if self.start_BS is None else self.start_BS[:, :S],
             position=None if self.position_BS is None else self.position_BS[:, :S],
+            offset=None if self.offset_BS is None else self.offset_BS[:, :S],
         )
         relation: Relation = "general"
         if self.uniform and not self.static:
@@ -255,21 +267,23 @@ class State:
         return q, k, index, relation
 
     def _column(self, name: str, new: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-        """A column of the history, kept beside the caches from the first token that needs it.
-
-        Where nothing is given, a token belongs to the document of the token before it and its position is its index.
-        """
+        """A column of the history, kept beside the caches from the first token that needs it."""
         column = getattr(self, name)
         if new is None and column is None:
             return None
-        starts = name == "start_BS"
         if column is None:
+            assert new is not None
             order = torch.arange(self.extent, device=index.device)
-            column = (torch.zeros_like(order) if starts else order).repeat(self.rows, 1)
+            column = (order if name == "position_BS" else torch.zeros_like(order, dtype=new.dtype)).repeat(self.rows, 1)
             setattr(self, name, column)
         if new is None:
-            last = (self.length_B - 1).clamp(min=0)[:, None]
-            new = column.gather(1, last) if starts else index
+            before = column.gather(1, (self.length_B - 1).clamp(min=0)[:, None])
+            if name == "start_BS":
+                new = before
+            elif name == "position_BS":
+                new = torch.where(self.length_B[:, None] > 0, before + 1 + index - self.length_B[:, None], index)
+            else:
+                new = torch.zeros_like(before)
         value = new.expand_as(index)
         column.index_put_((torch.arange(self.rows, device=index.device)[:, None], index), value)
         return value
@@ -324,6 +338,7 @@ class State:
         if self.position_BS is not None:
             order = torch.arange(self.extent, extent, device=self.position_BS.device)
             self.position_BS = torch.cat([self.position_BS, order.expand(self.rows, -1)], 1)
+        self.offset_BS = None if self.offset_BS is None else longer(self.offset_BS)
         self.extent = extent
 
     def fork(self, rows_N: torch.Tensor) -> State:
@@ -338,12 +353,55 @@ class State:
         """A state of its own with the same content."""
         return self._copy(torch.clone)
 
+    @classmethod
+    def joined(cls, states: Sequence[State], shared: int = 0) -> State:
+        """A state of one row that holds the tokens of all rows of `states`, one row after another.
+
+        Each keeps its keys, its values and its position; tokens that come later see them all.
+
+        Args:
+            states: of one model.
+            shared: tokens at the beginning that are the same in all rows; the first row's are kept.
+
+        Raises:
+            TorchstoneError: a part keeps a ring, a recurrent sum or an encoder's output, in which the tokens have no
+                entries of their own; documents in a row.
+        """
+        first = states[0]
+        for path, slots in first.slots.items():
+            if slots[0].growth != "growing":
+                raise TorchstoneError(f"state of {path} is {slots[0].growth} and cannot be joined; growing ones can")
+        if any(state.start_BS is not None for state in states):
+            raise TorchstoneError("state: rows that hold several documents cannot be joined")
+        rows = [(state, b, length) for state in states for b, length in enumerate(state.length_B.tolist())]
+
+        def join(of: Callable[[State], torch.Tensor]) -> torch.Tensor:
+            pieces = [of(state)[b, shared if n else 0 : length] for n, (state, b, length) in enumerate(rows)]
+            return torch.cat(pieces)[None]
+
+        def order(state: State) -> torch.Tensor:
+            return torch.arange(state.extent, device=state.length_B.device).expand(state.rows, -1)
+
+        position_BS = join(lambda state: order(state) if state.position_BS is None else state.position_BS)
+        one = cls({}, 1, position_BS.shape[1], device=position_BS.device)
+        one.slots, one.longest, one.position_BS = first.slots, one.extent, position_BS
+        one.length_B += one.extent
+        if any(state.offset_BS is not None for state in states):
+            one.offset_BS = join(lambda s: torch.zeros_like(order(s)) if s.offset_BS is None else s.offset_BS)
+        for path, slots in first.slots.items():
+            names = [slot.name for slot in slots]
+            twin = shallow(first.parts[path])
+            twin.tensors = {x: join(lambda s, p=path, x=x: s.parts[p].tensors[x]) for x in names}  # type: ignore[misc]
+            one.parts[path] = twin
+        return one
+
     def _copy(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
         copy = State.__new__(State)
         copy.__dict__.update(self.__dict__)
         copy.length_B = change(self.length_B)
         copy.start_BS = None if self.start_BS is None else change(self.start_BS)
         copy.position_BS = None if self.position_BS is None else change(self.position_BS)
+        copy.offset_BS = None if self.offset_BS is None else change(self.offset_BS)
         if self.memory_tokens is not None:
             memory = {
                 name: change(value.expand(self.rows, -1)) for name, value in self.memory_tokens._columns().items()

@@ -233,6 +233,20 @@ class Transformer(nn.Module):
                 kind = next(name for name, module in stack.positions.items() if module.limit == stack.limit)
                 raise TorchstoneError(f"{length} tokens: position {kind} knows {stack.limit} positions (model.context)")
 
+    def check_offsets(self) -> None:
+        """Refuse score offsets of keys where an attention has no scores to add them to.
+
+        Raises:
+            TorchstoneError: names the layer.
+        """
+        for side in self.stacks:
+            for number, layer in enumerate(self.spec.placed(side)):  # type: ignore[arg-type]
+                if not layer.attention.offsets:
+                    raise TorchstoneError(
+                        f"offset: attention {layer.attention.kind} of layer {number} adds no offsets to the scores of "
+                        "its keys"
+                    )
+
     # -- decode state
 
     def state_spec(self) -> dict[str, tuple[Slot, ...]]:
@@ -306,6 +320,8 @@ class Transformer(nn.Module):
         tokens = self._enter(inputs, state)
         mask = mask if mask is not None else CAUSAL if self.decoder is not None else BIDIRECTIONAL
         self.check_mask(mask, decoding=state is not None)
+        if tokens.offset is not None or (state is not None and state.offset_BS is not None):
+            self.check_offsets()
         aux: Aux = {}
         memory_out = None
         if self.encoder is not None and self.decoder is not None:
@@ -360,7 +376,7 @@ class Transformer(nn.Module):
 
     def _enter(self, inputs: Any, state: State | None) -> Tokens:
         tokens = self.embedding.tokens(inputs)
-        self.check_length(tokens.index.shape[1] + (0 if state is None else state.longest))
+        self.check_length(tokens.index.shape[1] + (0 if state is None else state.reach))
         if tokens.valid is not None and tokens.position is None and tokens.start is None and state is None:
             # padding, left or right, has no place in the count of positions
             tokens = replace(tokens, position=(tokens.valid.long().cumsum(1) - 1).clamp(min=0))

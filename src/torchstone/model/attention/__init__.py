@@ -41,6 +41,8 @@ class AttentionSpec(PartSpec):
     """Names of the mask terms that it can honour, besides documents and padding."""
     crosses: ClassVar[bool] = False
     """Whether it can attend to a memory, as the cross-attention of an encoder-decoder."""
+    offsets: ClassVar[bool] = False
+    """Whether it adds `Tokens.offset` to the scores of a key, wherever among the keys that one stands."""
     causal_only: ClassVar[bool] = False
     """Whether it has no bidirectional form."""
 

@@ -34,6 +34,7 @@ class SoftmaxSpec(AttentionSpec):
     consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "decaying rotation", "bias"})
     can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max"})
     crosses: ClassVar[bool] = True
+    offsets: ClassVar[bool] = True
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 
