@@ -25,6 +25,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.evaluate.progress import Progress
 from torchstone.model.head import Product
 from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Mask
+from torchstone.model.state import State
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
 from torchstone.ops.cross_entropy import linear_nll
@@ -86,6 +87,7 @@ class Scorer:
             the tokenizer's separator.
         batch: rows of a forward. It changes no figure beyond rounding.
         attention: which of the tokens before it a token sees, in a model that reads from left to right.
+        prefix: decode state of one row that stands before every text, in the place of start token and template.
         progress: says how far it is; None says nothing.
 
     Raises:
@@ -101,6 +103,7 @@ class Scorer:
         start: int | None = None,
         batch: int = 16,
         attention: Mask = CAUSAL,
+        prefix: State | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not isinstance(model, Transformer):
@@ -119,6 +122,7 @@ class Scorer:
             model.check_mask(attention)
         self.attention = attention
         self.device = next(model.parameters()).device
+        self.prefix = prefix
         self.progress = Progress(quiet=True) if progress is None else progress
         self._start = start
 
@@ -178,8 +182,14 @@ class Scorer:
     @property
     def window(self) -> int | None:
         """Tokens of a full context: the model's `context`, as far as its positions reach."""
-        sizes = [size for size in (self.model.spec.context, self.model.limit) if size is not None]
+        sizes = [size for size in (self.model.spec.context, self.limit) if size is not None]
         return min(sizes, default=None)
+
+    @property
+    def limit(self) -> int | None:
+        """Positions that a text may take, None if any number."""
+        taken = 0 if self.prefix is None else self.prefix.reach
+        return None if self.model.limit is None else self.model.limit - taken
 
     # -- from texts to jobs
 
@@ -220,8 +230,8 @@ class Scorer:
         size = self.window if window is None else window
         if size is None:
             raise TorchstoneError("evaluate: the model names no context; give window")
-        if self.model.limit is not None and size > self.model.limit:
-            raise TorchstoneError(f"evaluate: window is {size}, the model knows {self.model.limit} positions")
+        if self.limit is not None and size > self.limit:
+            raise TorchstoneError(f"evaluate: window is {size}, the model knows {self.limit} positions")
         frame = sum(map(len, self.frame))
         least = max(1, frame + self.masked)  # a causal model's frame alone predicts the first token
         if size < least:
@@ -245,6 +255,8 @@ class Scorer:
     def frame(self) -> tuple[list[int], list[int]]:
         """What stands before and after a document: the tokens of the tokenizer's template, or the start token, which
         stood there in training, or nothing if there is neither. A causal model reads nothing after it."""
+        if self.prefix is not None:
+            return [], []
         before, after = self._template
         if not before and not (after and self.masked):
             with suppress(TorchstoneError):
@@ -306,13 +318,13 @@ class Scorer:
             raise TorchstoneError(f"{where}: the tokenizer makes no token of {text!r}")
         # a text that melts into the prompt's last token is scored with that token
         seam = min(len(own), len(whole) - 1)
-        limit = self.model.limit
+        limit = self.limit
         if self.masked:
             room = None if limit is None else limit - sum(map(len, self.frame))
             cut = self._cut(len(whole), len(whole) - seam, room, where)
             return Continuation(self._hidden(whole[cut:], range(seam - cut, len(whole) - cut)), cut)
         # as in generation, the start token stands for an empty prompt only
-        before = self._template[0] or ([] if seam else [self.start])
+        before = [] if self.prefix is not None and seam else self._template[0] or ([] if seam else [self.start])
         ids, seam = [*before, *whole], seam + len(before)
         cut = self._cut(len(ids) - 1, len(ids) - seam, limit, where)
         ids, seam = ids[cut:], seam - cut
@@ -404,7 +416,12 @@ class Scorer:
     @torch.inference_mode()
     def _scores(self, jobs: list[Job], greedy: bool) -> list[Score]:
         memory = {"memory": self._padded([job.memory or () for job in jobs])} if self.seq2seq else {}
-        out = self.model(self._padded([job.ids for job in jobs]), outputs="none", **self._sight(), **memory)
+        inputs = self._padded([job.ids for job in jobs])
+        state = None
+        if self.prefix is not None:
+            state = self.prefix.fork(torch.zeros(len(jobs), dtype=torch.int64, device=self.device))
+            state.extend(state.longest + inputs.index.shape[1])
+        out = self.model(inputs, state=state, outputs="none", **self._sight(), **memory)
         counts = [len(job.at) for job in jobs]
         row_N = torch.arange(len(jobs)).repeat_interleave(torch.tensor(counts)).to(self.device)
         at_N = torch.tensor([at for job in jobs for at in job.at], device=self.device)
