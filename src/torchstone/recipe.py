@@ -86,6 +86,10 @@ class AdaptSpec(PartSpec):
         """Whether a parameter of the adapted model is none of the model that it starts from."""
         return False
 
+    def starts_from(self, name: str) -> str | None:
+        """The parameter of the same model whose value a new one takes first, if that exists; None draws one."""
+        return None
+
     def prepare(self, model: nn.Module) -> None:
         """Choose the parameters that train, by ``requires_grad``."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from torchstone.keys import Key
+from torchstone.model.bank import Bank
 from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Lowered, Mask, Relation, Window, lower
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens
@@ -70,6 +71,7 @@ class Handoff:
         probs: probabilities (B, H, T, S).
         block_max: for each query the largest score in each block of keys (B, G, T, S / block_of).
         block_of: keys in a block.
+        fresh: keys before any rotation, and values, of this forward's tokens alone (B, G, T, K).
     """
 
     k: torch.Tensor | None = None
@@ -78,6 +80,7 @@ class Handoff:
     probs: torch.Tensor | None = None
     block_max: torch.Tensor | None = None
     block_of: int = 0
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Context:
         positions: the model's position modules by key.
         memory: the encoder's output, for cross-attention.
         key: 0-dimensional int64 key of this forward's dropout; None outside training.
+        bank: keys and values of tokens long past, for layers that look things up.
         memo: values made once a forward (rotations, lowered masks), by name.
     """
 
@@ -104,6 +108,7 @@ class Context:
     taps: Taps | None = None
     scope: str = ""
     key: torch.Tensor | None = None
+    bank: Bank | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

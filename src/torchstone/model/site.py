@@ -36,6 +36,7 @@ class Gives:
     keys_values: bool = False
     probs: bool = False
     block_max: int = 0
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from torchstone.errors import TorchstoneError
+from torchstone.model.bank import Bank
 from torchstone.model.mask import Relation
 from torchstone.model.tokens import Tokens
 from torchstone.ops.packed import BITS, pack, packed_bytes, unpack
@@ -210,6 +211,8 @@ class State:
         self.position_BS: torch.Tensor | None = None
         self.offset_BS: torch.Tensor | None = None
         self.memory_tokens: Tokens | None = None
+        self.bank: Bank | None = None
+        """What rows look things up in: belongs to whoever put it there, and forks read it."""
         self.longest = 0
         """Length of the longest row: known to the host, never to a part."""
         self.uniform = True
@@ -344,6 +347,7 @@ class State:
     def fork(self, rows_N: torch.Tensor) -> State:
         """A state of its own whose row n is this one's row `rows_N[n]`."""
         copy = self._copy(lambda tensor: tensor.index_select(0, rows_N))
+        copy.bank = None if self.bank is None else self.bank.reader(rows_N.tolist())
         if not self.uniform:  # the longest row may be gone
             copy.longest = int(copy.length_B.max())
             copy.uniform = bool((copy.length_B == copy.longest).all())

@@ -18,6 +18,7 @@ from torch import nn
 
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
+from torchstone.model.bank import Bank
 from torchstone.model.context import Aux, Context, Memory, add_aux
 from torchstone.model.embedding import EmbeddingSpec
 from torchstone.model.head import HeadSpec, VocabularyHead
@@ -298,6 +299,7 @@ class Transformer(nn.Module):
         taps: Taps | None = None,
         outputs: Literal["all", "last", "none"] = "all",
         key: torch.Tensor | None = None,
+        bank: Bank | None = None,
     ) -> Output:
         """Hidden states and logits.
 
@@ -312,6 +314,7 @@ class Transformer(nn.Module):
             outputs: logits of all positions, of the last valid token of each row, or none. A stack may then leave out
                 what only other positions need.
             key: 0-dimensional int64 key of this forward's dropout; without one, nothing is dropped.
+            bank: what layers with a memory look things up in, and put these tokens into; the state's if not given.
 
         Raises:
             TorchstoneError: inputs of another form, more tokens than a position knows, a mask that a part cannot
@@ -330,7 +333,8 @@ class Transformer(nn.Module):
         relation, slots = "same", None
         if state is not None:
             q, k, slots, relation = state.begin(tokens)
-        ctx = Context(q, k, mask, relation, slots, self.main.positions, memory_out, taps, "", key)  # type: ignore[arg-type]
+        bank = state.bank if bank is None and state is not None else bank
+        ctx = Context(q, k, mask, relation, slots, self.main.positions, memory_out, taps, "", key, bank)  # type: ignore[arg-type]
         side = "decoder" if self.decoder is not None else "encoder"
         parts, last = None if state is None else state.parts, outputs == "last"
         hidden, more = self.core(inputs, ctx, side, embeddings, parts, last)

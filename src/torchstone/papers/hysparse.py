@@ -94,9 +94,9 @@ def _oracle(scale: Scale, first: int) -> Measured:
         forced = {"sparse_gate": torch.ones_like, "window_gate": torch.zeros_like}
         taps = Taps(record=["mixed"], replace=forced)
         with torch.no_grad():
-            q, k, *_ = full.own(x, plain, None)
+            q, k = full.own(x, plain, None)[:2]
             _, given, _ = full(x, plain)
-            q_sparse = wide.own(x, plain, None)[0]
+            q_sparse = wide.own(x, plain, None).q
             wide(x, Context(plain.q, plain.k, positions=positions, taps=taps), None, given)
             dense = attention_reference(q_sparse, given.k, given.v, scale=K**-0.5, causal=True)[0]
             probs = attention_reference(q, k, k, scale=K**-0.5, causal=True)[1].unflatten(1, (2, 2)).amax(2)

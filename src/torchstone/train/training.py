@@ -221,6 +221,12 @@ def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:
         return other and name.startswith("head.")
 
     load_weights(model, file, source.path, new=lambda name: added(name) or of_head(name), left=of_head)
+    if recipe.adapt is not None:
+        values = {parameter_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+        for name, value in values.items():
+            first = recipe.adapt.starts_from(name) if name not in file.shapes else None
+            if first in values:
+                value.copy_(values[first])
     new = [name for name, shape in own.items() if file.shapes.get(name) != shape]
     return f"weights of {source.path}" + (
         f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""

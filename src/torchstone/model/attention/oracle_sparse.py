@@ -101,9 +101,9 @@ class OracleSparse(SoftmaxAttention):
         if given is None or given.k is None or given.v is None or given.block_max is None:
             raise TorchstoneError("attention oracle_sparse: no layer before it hands on keys, values and block maxima")
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, k, v, _, low, _ = self.own(x_BTD, ctx, state)
-        y_window = self.attend(q, k, v, low, ctx.inside("window"))[0]
-        q, chosen_BGTC = q.to(given.k.dtype), ctx.tap("blocks", self.choose(given.block_max, ctx))
+        own = self.own(x_BTD, ctx, state)
+        y_window = self.attend(own.q, own.k, own.v, own.low, ctx.inside("window"))[0]
+        q, chosen_BGTC = own.q.to(given.k.dtype), ctx.tap("blocks", self.choose(given.block_max, ctx))
         sparse = self.gathered if q.shape[2] == 1 else self.masked
         k, v, low = sparse(given.k, given.v, chosen_BGTC, ctx)
         y_sparse = self.attend(q, k, v, low, ctx.inside("sparse"))[0]

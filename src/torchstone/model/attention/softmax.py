@@ -7,7 +7,7 @@ arXiv 2408.00118), a free scale (T5 uses 1). Where the site has a memory it is a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ class SoftmaxSpec(AttentionSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
     consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "decaying rotation", "bias"})
-    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max"})
+    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max", "fresh"})
     crosses: ClassVar[bool] = True
     offsets: ClassVar[bool] = True
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
@@ -134,6 +134,20 @@ class _Softmax(Attention):
         return 4.0 * self.H * self.K * min(context, self.spec.window or context)
 
 
+class Own(NamedTuple):
+    """What a self-attention works on: queries, and keys and values with those of the cache; the keys' tokens, their
+    mask, how scores decay; queries before any rotation; keys before it, and values, of this forward's tokens alone."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keys: Tokens
+    low: Lowered
+    decay: kernels.Decay | None
+    plain_q: torch.Tensor
+    fresh: tuple[torch.Tensor, torch.Tensor]
+
+
 class SoftmaxAttention(_Softmax):
     """Self-attention. Decode state: a growing cache, or a ring of the window."""
 
@@ -174,24 +188,23 @@ class SoftmaxAttention(_Softmax):
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, k, v, keys, low, decay = self.own(x_BTD, ctx, state)
-        gives = self.gives
-        y_BTD, probs, best = self.mix(q, k, v, low, ctx, decay, gives.block_max)
-        if not (gives.keys_values or gives.probs or gives.block_max):
+        own, gives = self.own(x_BTD, ctx, state), self.gives
+        y, probs, best = self.attend(own.q, own.k, own.v, own.low, ctx, own.decay, gives.block_max)
+        y_BTD = self.joined(self.beside(y, own.plain_q, ctx), ctx)
+        if not (gives.keys_values or gives.probs or gives.block_max or gives.fresh):
             return y_BTD, None, {}
         best = None if best is None else ctx.tap("block_max", best)
-        return y_BTD, Handoff(k, v, keys, probs, best, gives.block_max), {}
+        fresh = own.fresh if gives.fresh else None
+        return y_BTD, Handoff(own.k, own.v, own.keys, probs, best, gives.block_max, fresh), {}
 
-    def own(
-        self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tokens, Lowered, kernels.Decay | None]:
-        """Queries, keys and values of this layer, those of its cache included, the keys' tokens, their mask, and how
-        scores decay."""
+    def own(self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None) -> Own:
+        """What this layer's own projections and its cache give."""
         q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
         q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = ctx.tap("q", q), ctx.tap("k", k), ctx.tap("v", v)
+        plain_q, fresh = q, (k, v)
         rotation = None if self.position is None else ctx.rotation(self.position)
         if rotation is not None:
             q, k = rotation.q(q), rotation.k(k)
@@ -208,7 +221,11 @@ class SoftmaxAttention(_Softmax):
             k, v = state.write(ctx.slots, ctx.k.index.shape[1], k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             low, decay = self._lowered(ctx), self._decay(ctx)
-        return q.to(k.dtype), k, v, keys, low, decay
+        return Own(q.to(k.dtype), k, v, keys, low, decay, plain_q, fresh)
+
+    def beside(self, y_BHTK: torch.Tensor, q_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """What attention to other things makes of this one's output, given its queries before any rotation."""
+        return y_BHTK
 
 
 class CrossAttention(_Softmax):
