@@ -169,6 +169,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("stack", "plain"): lambda spec, layers, D: 0,
     ("stack", "yoco"): _yoco,
     ("stack", "hysparse"): lambda spec, layers, D: 0,
+    ("stack", "longmem"): lambda spec, layers, D: _side(spec, layers, D),
 }
 
 
@@ -179,6 +180,26 @@ def of(spec: PartSpec) -> Formula:
     return FORMULAS[key]
 
 
+def of_layer(layer: LayerSpec, D: int, memory: bool) -> int:
+    """Parameters of a layer."""
+    around, _ = of(layer.residual)(layer.residual)
+    joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
+    total = joins * around * of(layer.norm)(layer.norm, D)
+    total += attentions * of(layer.attention)(layer.attention, layer, D, None)
+    total += crosses * of(layer.attention)(layer.attention, layer, D, D)
+    total += ffns * of(layer.ffn)(layer.ffn, D)
+    of_attention = ATTENTION_PROJECTIONS[layer.attention.kind]
+    projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
+    projections += crosses * of_attention(layer.attention, D, D)
+    return total + of(layer.linear)(layer.linear, projections)
+
+
+def _side(spec: Any, layers: Any, D: int) -> int:
+    """A side network: every so many layers one like the last of them, and a gate for each head of one layer."""
+    own = layers[spec.reduction - 1 :: spec.reduction]
+    return sum(of_layer(layer, D, False) for layer in own) + own[spec.beside(len(layers))].attention.heads
+
+
 def parameters(spec: TransformerSpec) -> int:
     """Parameters of a Transformer whose layers are alike."""
     D, V = spec.width, spec.vocabulary
@@ -187,17 +208,7 @@ def parameters(spec: TransformerSpec) -> int:
     for side in ("encoder", "decoder"):
         layers, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
         plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
-        for layer in plan:
-            around, _ = of(layer.residual)(layer.residual)
-            joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
-            total += joins * around * of(layer.norm)(layer.norm, D)
-            total += attentions * of(layer.attention)(layer.attention, layer, D, None)
-            total += crosses * of(layer.attention)(layer.attention, layer, D, D)
-            total += ffns * of(layer.ffn)(layer.ffn, D)
-            of_attention = ATTENTION_PROJECTIONS[layer.attention.kind]
-            projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
-            projections += crosses * of_attention(layer.attention, D, D)
-            total += of(layer.linear)(layer.linear, projections)
+        total += sum(of_layer(layer, D, memory) for layer in plan)
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)

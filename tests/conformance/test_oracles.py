@@ -736,6 +736,20 @@ def drawn_blocks(module: Any, group: int, t: int, count: int) -> torch.Tensor:
     return noise.uniform(key, count)
 
 
+@oracle("stack", "longmem")
+def _() -> None:
+    for reduction in (2, 4):
+        case, ids = Case.of(stack="longmem", position="none"), drawn_ids(2, 6)
+        model = case.model(depth=4, stack={"kind": "longmem", "reduction": reduction})
+        h = x = model.embedding.weight[ids]
+        for number, side in enumerate(model.decoder.side):
+            before = h
+            for layer in model.decoder.layers[reduction * number : reduction * (number + 1)]:
+                h = layer(h, Context.alone(h))[0]
+            x = side(x, Context.alone(x))[0] + h - before
+        same(model(ids).hidden, rms(x, model.decoder.norm.weight), f"reduction={reduction}")
+
+
 @oracle("embedding", "token")
 def _() -> None:
     ids, segment = drawn_ids(2, 6), drawn_ids(2, 6, seed=1) % 2

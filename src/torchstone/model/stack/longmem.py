@@ -6,7 +6,7 @@ its own output (equation 2)::
     x_0 = H^0,   x_{l+1} = side_l(x_l) + H^{r (l + 1)} - H^{r l}
 
 so that side layers that add nothing leave the backbone's own output. The keys and values of one backbone layer go into
-a `Bank`; the side layer beside it looks them up (`torchstone.model.attention.joint`). The backbone is run without
+a `Bank`; the side layer beside it looks them up by a joint attention. The backbone is run without
 dropout. Its final norm is the side network's.
 
 `adapt: {kind: longmem}` makes this stack of a trained model, freezes the backbone and trains the side network.
@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import nn
 
 from torchstone.errors import TorchstoneError
-from torchstone.model.attention.joint import JointSpec
+from torchstone.model.attention._joint import JointSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.bank import Bank
 from torchstone.model.block import Block
@@ -54,7 +54,6 @@ class MemorySpec(Spec):
 class LongMemStackSpec(StackSpec):
     """A backbone, and a side network that reads its streams and looks up what it remembers."""
 
-    offered: ClassVar[bool] = False
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2306.07174"
 
     reduction: int = Field(2, ge=1)
@@ -108,8 +107,7 @@ class LongMemStackSpec(StackSpec):
         return layers[self.reduction * (side + 1) - 1]
 
     def build(self, layers: Sequence[LayerSpec], site: Site, context: int, memory_width: int | None) -> Stack:
-        if memory_width is not None:
-            raise TorchstoneError("stack longmem: has no place for an encoder's memory")
+        assert memory_width is None, "an encoder is refused by `plan`"
         return LongMemStack(self, self.plan(layers, site.width, site.causal), site, context)
 
 

@@ -29,6 +29,7 @@ __all__ = ["JointAttention", "JointSpec"]
 class JointSpec(SoftmaxSpec):
     """Softmax attention beside an attention to a memory; stands in the side network of a stack."""
 
+    kind: ClassVar[str] = "joint"
     offered: ClassVar[bool] = False
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2306.07174"
 
@@ -52,9 +53,10 @@ class JointAttention(SoftmaxAttention):
         parameter.zero_()
 
     def beside(self, y_BHTK: torch.Tensor, q_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
-        if ctx.bank is None:
-            return y_BHTK
-        found_BHTK, has_B = ctx.bank.attend(q_BHTK, self.spec.chunks, scale=self.scale, softcap=self.spec.softcap)
+        if ctx.bank is None:  # as an empty memory: the gate stays in the graph, with a gradient of zero
+            found_BHTK, has_B = torch.zeros_like(y_BHTK), torch.zeros(1, dtype=torch.bool, device=y_BHTK.device)
+        else:
+            found_BHTK, has_B = ctx.bank.attend(q_BHTK, self.spec.chunks, scale=self.scale, softcap=self.spec.softcap)
         share_BH11 = torch.sigmoid(self.gate_H)[:, None, None] * has_B[:, None, None, None]
         found_BHTK = ctx.tap("remembered", found_BHTK)
         return ((1 - share_BH11) * y_BHTK + share_BH11 * found_BHTK).to(y_BHTK.dtype)
