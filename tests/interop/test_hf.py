@@ -324,8 +324,10 @@ def test_hidden_states_of_padded_rows_stand_in_the_callers_columns() -> None:
 def test_attentions_that_a_part_does_not_make_are_refused() -> None:
     model = causal()
     attention = model.decoder.layers[1].attention
-    mix = attention.mix
-    attention.mix = lambda *args: mix(*args[:-1], replace(args[-1], taps=None))  # as a kind without probabilities does
+    attend = attention.attend
+    attention.attend = lambda *args: attend(
+        *args[:-1], replace(args[-1], taps=None)
+    )  # as a kind without probabilities does
     with pytest.raises(
         TorchstoneError, match=r"output_attentions: this model has no decoder\.layers\.1\.attention\.probs"
     ):
