@@ -93,6 +93,8 @@ def _value(value: Any) -> str:
     words = {None: "null", True: "true", False: "false", (): "[]"}
     if isinstance(value, list | tuple) and value:
         return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_value(inner)}" for name, inner in value.items()) + "}"
     return (
         words.get(value, str(value)) if not isinstance(value, int | float) or isinstance(value, bool) else f"{value:g}"
     )

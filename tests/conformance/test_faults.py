@@ -55,9 +55,9 @@ class Stale(SoftmaxAttention):
 class Frozen(SoftmaxAttention):
     """A parameter is cut from the graph."""
 
-    def mix(self, *arguments: Any) -> Any:
+    def joined(self, *arguments: Any) -> Any:
         self.out.forward = lambda x: F.linear(x, self.out.weight.detach())
-        return super().mix(*arguments)
+        return super().joined(*arguments)
 
 
 class FrozenSlice(SoftmaxAttention):
@@ -129,16 +129,16 @@ class Wasteful(SoftmaxAttention):
 class Forgetful(SoftmaxAttention):
     """Dropout from torch's global generator instead of the context's key."""
 
-    def mix(self, *arguments: Any) -> Any:
-        y, *rest = super().mix(*arguments)
+    def attend(self, *arguments: Any) -> Any:
+        y, *rest = super().attend(*arguments)
         return F.dropout(y, 0.1), *rest
 
 
 class Overflowing(SoftmaxAttention):
     """Leaves the range of numbers."""
 
-    def mix(self, q: Any, *arguments: Any) -> Any:
-        return super().mix((q * 1e30) * 1e30, *arguments)
+    def attend(self, q: Any, *arguments: Any) -> Any:
+        return super().attend((q * 1e30) * 1e30, *arguments)
 
 
 def faulty(module: type[Attention]) -> type[SoftmaxSpec]:

@@ -325,9 +325,8 @@ def test_attentions_that_a_part_does_not_make_are_refused() -> None:
     model = causal()
     attention = model.decoder.layers[1].attention
     attend = attention.attend
-    attention.attend = lambda *args: attend(
-        *args[:-1], replace(args[-1], taps=None)
-    )  # as a kind without probabilities does
+    # as a kind without probabilities does
+    attention.attend = lambda q, k, v, low, ctx, *rest: attend(q, k, v, low, replace(ctx, taps=None), *rest)
     with pytest.raises(
         TorchstoneError, match=r"output_attentions: this model has no decoder\.layers\.1\.attention\.probs"
     ):

@@ -165,8 +165,12 @@ class Stack(nn.Module):
         outputs needs may then be left out for them.
         """
         x_BTD, aux = self.through(range(len(self.layers)), x_BTD, ctx, parts)
+        return self.finish(x_BTD, ctx, last), aux
+
+    def finish(self, x_BTD: torch.Tensor, ctx: Context, last: bool) -> torch.Tensor:
+        """The final norm of the stream, with `last` of each row's last valid token alone."""
         x_BTD = ctx.tap("norm", self.norm(x_BTD))
-        return (pick(x_BTD, ctx.q.newest(x_BTD.shape[0])) if last else x_BTD), aux
+        return pick(x_BTD, ctx.q.newest(x_BTD.shape[0])) if last else x_BTD
 
     def through(
         self,

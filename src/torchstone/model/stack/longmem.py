@@ -149,7 +149,7 @@ class LongMemStack(Stack):
             layer.prepare(ctx)  # type: ignore[operator]
 
     def forward(
-        self, x_BTD: torch.Tensor, ctx: Context, parts: Mapping[str, PartState] | None = None
+        self, x_BTD: torch.Tensor, ctx: Context, parts: Mapping[str, PartState] | None = None, last: bool = False
     ) -> tuple[torch.Tensor, Aux]:
         aux: Aux = {}
         backbone, r, given = replace(ctx, key=None), self.spec.reduction, None
@@ -167,7 +167,7 @@ class LongMemStack(Stack):
                 before_BTD, aux = h_BTD, add_aux(aux, more)
         if ctx.bank is not None:
             self._hold(ctx, given)
-        return ctx.tap("norm", self.norm(x_BTD)), aux
+        return self.finish(x_BTD, ctx, last), aux
 
     def _side_state(self, parts: Mapping[str, PartState] | None, number: int) -> dict[str, PartState] | None:
         if parts is None:
