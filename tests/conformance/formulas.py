@@ -32,6 +32,15 @@ def _gates(spec: Any, D: int) -> int:
     return 2 * spec.heads * ((spec.head_dim or D // spec.heads) if spec.gate == "element" else 1)
 
 
+def _given_probs(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
+    """Values and an output projection; beside a memory a cross-attention like any other."""
+    if memory:
+        return _softmax(spec, layer, D, memory)
+    H, G = spec.heads, spec.kv_heads or spec.heads
+    K = spec.head_dim or D // H
+    return D * G * K + H * K * D + G * K * (spec.bias != "none") + D * (spec.bias == "all")
+
+
 def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     E = round(spec.value_expansion * D)
     return 2 * D * D + 3 * D * E
@@ -88,6 +97,10 @@ def _of_oracle_sparse(spec: Any, D: int, memory: int | None) -> list[Projection]
     return [*_of_softmax(spec, D, memory), *[(D, _gates(spec, D) // 2, "gate")] * 2]
 
 
+def _of_given_probs(spec: Any, D: int, memory: int | None) -> list[Projection]:
+    return _of_softmax(spec, D, memory)[0 if memory else 2 :]
+
+
 def _of_retention(spec: Any, D: int, memory: int | None) -> list[Projection]:
     E = round(spec.value_expansion * D)
     return [(D, D, "q"), (D, D, "k"), (D, E, "v"), (D, E, "gate"), (E, D, "out")]
@@ -118,6 +131,7 @@ def _of_ffn(spec: Any, D: int) -> list[Projection]:
 ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projection]]] = {
     "softmax": _of_softmax,
     "oracle_sparse": _of_oracle_sparse,
+    "given_probs": _of_given_probs,
     "retention": _of_retention,
     "gated_retention": _of_gated_retention,
     "shared_kv": _of_shared_kv,
@@ -128,6 +142,7 @@ ATTENTION_PROJECTIONS: dict[str, Callable[[Any, int, int | None], list[Projectio
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "softmax"): _softmax,
     ("attention", "oracle_sparse"): _oracle_sparse,
+    ("attention", "given_probs"): _given_probs,
     ("attention", "retention"): _retention,
     ("attention", "gated_retention"): lambda spec, layer, D, memory: 5 * D * D + D * spec.heads,
     ("attention", "shared_kv"): _shared_kv,
@@ -170,6 +185,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("stack", "yoco"): _yoco,
     ("stack", "hysparse"): lambda spec, layers, D: 0,
     ("stack", "longmem"): lambda spec, layers, D: _side(spec, layers, D),
+    ("stack", "lazy"): lambda spec, layers, D: 0,
 }
 
 

@@ -750,6 +750,35 @@ def _() -> None:
         same(model(ids).hidden, rms(x, model.decoder.norm.weight), f"reduction={reduction}")
 
 
+@oracle("stack", "lazy")
+def _() -> None:
+    for spec in (*specs("stack", "lazy"), validate(resolve("stack", "lazy"), {"block_sizes": [1, 4]})):
+        model = Case.of(attention="softmax_grouped", position="none", block="attention_only").model(
+            depth=5, stack=spec.dump()
+        )
+        x = array(model.embedding.weight[drawn_ids(1, 7)[0]])
+        probs: list[np.ndarray] = []
+        for number, layer in enumerate(model.decoder.layers):
+            module, h = layer.attention, array(layer.attention_residual.read(torch.from_numpy(x)))
+            first = number in (0, 1) if spec.block_sizes else number % spec.block_size == 0
+            weights = array(module.qkv.weight if first else module.v.weight)
+            if first:
+                q, k, weights = np.split(weights, [32, 48])
+                probs = [causal_probs(h @ q[8 * i : 8 * i + 8].T, h @ k[8 * (i // 2) :][:8].T) for i in range(4)]
+            mixed = [probs[i] @ h @ weights[8 * (i // 2) :][:8].T for i in range(4)]
+            x = x + np.concatenate(mixed, 1) @ array(module.out.weight).T
+        same(model(drawn_ids(1, 7)).hidden[0], rms(torch.from_numpy(x), model.decoder.norm.weight), f"{spec}")
+
+
+def causal_probs(q_TK: np.ndarray, k_TK: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(K)), row by row over the past."""
+    probs = np.zeros((len(q_TK), len(q_TK)))
+    for t, q in enumerate(q_TK):
+        e = np.exp(k_TK[: t + 1] @ q / math.sqrt(len(q)))
+        probs[t, : t + 1] = e / e.sum()
+    return probs
+
+
 @oracle("embedding", "token")
 def _() -> None:
     ids, segment = drawn_ids(2, 6), drawn_ids(2, 6, seed=1) % 2

@@ -105,6 +105,10 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
             "selection": "random",
         },
     },
+    ("stack", "lazy"): {
+        "queries_keys": {"block_size": 3, "reuse": "queries_keys"},
+        "single": {"block_size": 1},
+    },
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
     ("stack", "yoco"): {
         "window": {"self_attention": {"kind": "softmax", "heads": 4, "window": 5}},

@@ -68,10 +68,12 @@ class Handoff:
 
     Attributes:
         k, v: keys and values (B, G, S, K), rotated as the giver rotated them, with the tokens they belong to.
-        probs: probabilities (B, H, T, S).
+        probs: probabilities (B, H, T, S), as the giver used them: what it dropped is 0.
         block_max: for each query the largest score in each block of keys (B, G, T, S / block_of).
         block_of: keys in a block.
         fresh: keys before any rotation, and values, of this forward's tokens alone (B, G, T, K).
+        q: queries (B, H, T, K), rotated as the keys.
+        key: key of the giver's dropout, for who makes its probabilities again; None outside training.
     """
 
     k: torch.Tensor | None = None
@@ -81,6 +83,8 @@ class Handoff:
     block_max: torch.Tensor | None = None
     block_of: int = 0
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None
+    q: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,19 @@ import torch
 from torchstone.errors import TorchstoneError
 from torchstone.model.tokens import Tokens
 
-__all__ = ["BIDIRECTIONAL", "CAUSAL", "Blocks", "Lowered", "Mask", "Relation", "Term", "Window", "lower", "mask_named"]
+__all__ = [
+    "BIDIRECTIONAL",
+    "CAUSAL",
+    "Blocks",
+    "Lowered",
+    "Mask",
+    "Relation",
+    "Term",
+    "Window",
+    "holds",
+    "lower",
+    "mask_named",
+]
 
 Relation = Literal["same", "last", "general"]
 """What the host knows and a tensor does not: the keys are the queries ("same"); there is one query, it is the newest
@@ -189,6 +201,11 @@ class Lowered:
     mask_of: Callable[[int, int], tuple[int, int, torch.Tensor | None]] | None = None
 
 
+def holds(T: int, S: int) -> bool:
+    """Whether a matrix of T queries and S keys may be held."""
+    return T == 1 or max(T, S) <= _LARGEST
+
+
 def lower(mask: Mask, q: Tokens, k: Tokens, relation: Relation, flags: bool = True) -> Lowered:
     """The cheapest form of `mask` for these tokens that is exact.
 
@@ -199,8 +216,7 @@ def lower(mask: Mask, q: Tokens, k: Tokens, relation: Relation, flags: bool = Tr
         return Lowered()
     if flags and terms == [_Causal()] and relation == "same":
         return Lowered(causal=True)
-    T, S = q.index.shape[1], k.index.shape[1]
-    if T > 1 and max(T, S) > _LARGEST:
+    if not holds(q.index.shape[1], k.index.shape[1]):
         return Lowered(mask_of=_blocks(terms, q, k, relation))
     return Lowered(matrix_B1TS=_matrix(terms, q, k))
 

@@ -37,6 +37,7 @@ class Gives:
     probs: bool = False
     block_max: int = 0
     fresh: bool = False
+    queries_keys: bool = False
 
 
 @dataclass(frozen=True)

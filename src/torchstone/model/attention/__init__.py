@@ -34,7 +34,7 @@ class AttentionSpec(PartSpec):
     consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "bias"})
     """What of a position it can use; an embedding added to the input needs no consent."""
     can_give: ClassVar[frozenset[str]] = frozenset()
-    """What it can hand to later layers: "keys_values", "probs", "block_max", "fresh"."""
+    """What it can hand to later layers: "keys_values", "probs", "queries_keys", "block_max", "fresh"."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """What it needs from an earlier layer; only stacks offer such kinds."""
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window"})

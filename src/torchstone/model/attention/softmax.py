@@ -7,6 +7,7 @@ arXiv 2408.00118), a free scale (T5 uses 1). Where the site has a memory it is a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torchstone import ops
 from torchstone.errors import TorchstoneError
 from torchstone.model.attention import Attention, AttentionSpec
 from torchstone.model.context import Aux, Context, Handoff
-from torchstone.model.mask import BIDIRECTIONAL, Lowered, lower
-from torchstone.model.site import Site
+from torchstone.model.mask import BIDIRECTIONAL, Lowered, holds, lower
+from torchstone.model.site import Gives, Site
 from torchstone.model.state import Fixed, Growing, PartState, Ring, Slot
 from torchstone.model.tokens import Tokens
 from torchstone.ops import attention as kernels
@@ -25,14 +26,14 @@ from torchstone.ops import attention as kernels
 if TYPE_CHECKING:
     from torchstone.model.stack import LayerSpec
 
-__all__ = ["CrossAttention", "SoftmaxAttention", "SoftmaxSpec", "mix_values"]
+__all__ = ["CrossAttention", "SelfAttention", "SoftmaxAttention", "SoftmaxSpec", "mix_values"]
 
 
 class SoftmaxSpec(AttentionSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
     consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "decaying rotation", "bias"})
-    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "block_max", "fresh"})
+    can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "queries_keys", "block_max", "fresh"})
     crosses: ClassVar[bool] = True
     offsets: ClassVar[bool] = True
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
@@ -76,8 +77,8 @@ class SoftmaxSpec(AttentionSpec):
 class _Softmax(Attention):
     """What self- and cross-attention share: sizes, norms, and the mixing itself."""
 
-    makes_keys = True
-    """Whether it has keys of its own to normalise."""
+    makes_queries = makes_keys = True
+    """Whether it has queries and keys of its own to normalise."""
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class _Softmax(Attention):
         self.H, self.G = spec.heads, spec.kv_heads or spec.heads
         self.K = spec.head_size(site.width)
         self.scale = self.K**-0.5 if spec.scale is None else spec.scale
-        self.q_norm = site.norm(self.K) if spec.qk_norm else None
+        self.q_norm = site.norm(self.K) if spec.qk_norm and self.makes_queries else None
         self.k_norm = site.norm(self.K) if spec.qk_norm and self.makes_keys else None
         self.inner_norm = site.inner_norm(self.H * self.K)
         self.gives = site.gives
@@ -106,9 +107,10 @@ class _Softmax(Attention):
         block: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`mix_values` with this layer's scale, soft-cap and dropout."""
+        keep = self.gives.probs and holds(q_BHTK.shape[2], k_BGSK.shape[2])
         return mix_values(
             q_BHTK, k_BGSK, v_BGSK, low, ctx, scale=self.scale, softcap=self.spec.softcap, dropout=self.spec.dropout,
-            keep=self.gives.probs, decay=decay, block=block,
+            keep=keep, decay=decay, block=block,
         )  # fmt: skip
 
     def joined(self, y_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -148,22 +150,22 @@ class Own(NamedTuple):
     fresh: tuple[torch.Tensor, torch.Tensor]
 
 
-class SoftmaxAttention(_Softmax):
-    """Self-attention. Decode state: a growing cache, or a ring of the window."""
+class SelfAttention(_Softmax):
+    """What self-attentions share: positions, masks, and the cache of what each token has once."""
 
     rings = True
+    cached: tuple[str, ...] = ("k", "v")
+    """Names of its slots."""
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__(spec, site)
         self.position = site.position(self.K, self.H)
         gives = "nothing" if site.position_spec is None else site.position_spec.gives
         self.biased, self.decays = gives == "bias", gives == "decaying rotation"
-        sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
-        self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
 
     def state_spec(self) -> tuple[Slot, ...]:
         growth: Literal["ring", "growing"] = "ring" if self.spec.window else "growing"
-        return tuple(Slot(name, growth, (self.G, self.K), self.spec.window or 0, head_axis=0) for name in ("k", "v"))
+        return tuple(Slot(name, growth, (self.G, self.K), self.spec.window or 0, head_axis=0) for name in self.cached)
 
     def _lowered(self, ctx: Context) -> Lowered:
         return ctx.lowered(self.spec.window, self.position if self.biased else None)
@@ -180,6 +182,34 @@ class SoftmaxAttention(_Softmax):
         if self.gives.block_max:
             origin(ctx)
 
+    def history(
+        self, ctx: Context, state: PartState | None, **new_BGTK: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], Tokens, Lowered, kernels.Decay | None]:
+        """What is new with what the cache holds, each (B, G, S, K), the tokens of these S, their mask, and how scores
+        decay."""
+        new, keys = tuple(new_BGTK.values()), ctx.k
+        if state is None:
+            return new, keys, self._lowered(ctx), self._decay(ctx)
+        new_BTGK = {name: x.transpose(1, 2) for name, x in new_BGTK.items()}
+        if isinstance(state, Ring):
+            held, keys = state.write(ctx.q, **new_BTGK)
+            low = ctx.lowered(self.spec.window, self.position if self.biased else None, keys, "ring")
+            decay = self._decay(ctx, keys, f"ring.{self.spec.window}")
+        else:
+            assert isinstance(state, Growing) and ctx.slots is not None
+            held = state.write(ctx.slots, ctx.k.index.shape[1], **new_BTGK)
+            low, decay = self._lowered(ctx), self._decay(ctx)
+        return tuple(x.transpose(1, 2) for x in held), keys, low, decay
+
+
+class SoftmaxAttention(SelfAttention):
+    """Self-attention. Decode state: a growing cache, or a ring of the window."""
+
+    def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
+        super().__init__(spec, site)
+        sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
+        self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
+
     def forward(
         self,
         x_BTD: torch.Tensor,
@@ -191,11 +221,22 @@ class SoftmaxAttention(_Softmax):
         own, gives = self.own(x_BTD, ctx, state), self.gives
         y, probs, best = self.attend(own.q, own.k, own.v, own.low, ctx, own.decay, gives.block_max)
         y_BTD = self.joined(self.beside(y, own.plain_q, ctx), ctx)
-        if not (gives.keys_values or gives.probs or gives.block_max or gives.fresh):
+        if gives == Gives():
             return y_BTD, None, {}
-        best = None if best is None else ctx.tap("block_max", best)
-        fresh = own.fresh if gives.fresh else None
-        return y_BTD, Handoff(own.k, own.v, own.keys, probs, best, gives.block_max, fresh), {}
+        # where the probabilities are too many to be held, others make them again
+        again = gives.queries_keys or (gives.probs and probs is None)
+        handoff = Handoff(
+            k=own.k if gives.keys_values or again else None,
+            v=own.v if gives.keys_values else None,
+            tokens=own.keys,
+            probs=probs.to(own.v.dtype) if gives.probs and probs is not None else None,
+            block_max=None if best is None else ctx.tap("block_max", best),
+            block_of=gives.block_max,
+            fresh=own.fresh if gives.fresh else None,
+            q=own.q if again else None,
+            key=ctx.key if again else None,
+        )
+        return y_BTD, handoff, {}
 
     def own(self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None) -> Own:
         """What this layer's own projections and its cache give."""
@@ -208,19 +249,7 @@ class SoftmaxAttention(_Softmax):
         rotation = None if self.position is None else ctx.rotation(self.position)
         if rotation is not None:
             q, k = rotation.q(q), rotation.k(k)
-        keys = ctx.k
-        if state is None:
-            low, decay = self._lowered(ctx), self._decay(ctx)
-        elif isinstance(state, Ring):
-            (k, v), keys = state.write(ctx.q, k=k.transpose(1, 2), v=v.transpose(1, 2))
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            low = ctx.lowered(self.spec.window, self.position if self.biased else None, keys, "ring")
-            decay = self._decay(ctx, keys, f"ring.{self.spec.window}")
-        else:
-            assert isinstance(state, Growing) and ctx.slots is not None
-            k, v = state.write(ctx.slots, ctx.k.index.shape[1], k=k.transpose(1, 2), v=v.transpose(1, 2))
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            low, decay = self._lowered(ctx), self._decay(ctx)
+        (k, v), keys, low, decay = self.history(ctx, state, k=k, v=v)
         return Own(q.to(k.dtype), k, v, keys, low, decay, plain_q, fresh)
 
     def beside(self, y_BHTK: torch.Tensor, q_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -232,7 +261,7 @@ class CrossAttention(_Softmax):
     """Attention from the stream to the context's memory. Decode state: its keys and values, computed once."""
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
-        super().__init__(spec, site)
+        super().__init__(spec, replace(site, gives=Gives()))  # the self-attention beside it is what gives
         assert site.memory_width is not None
         self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.bias != "none")
         self.kv = site.linear(site.memory_width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.bias != "none")
@@ -286,8 +315,8 @@ def mix_values(
     block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Mixed values (B, H, T, V) under a lowered mask; the probabilities (B, H, T, S) if somebody listens to them or
-    `keep` asks for them; where `block` is not 0, the largest probability of each block of keys (B, G, T, N).
-    `dropout` is the rate at which probabilities are dropped.
+    `keep` asks for them, after taps and dropout; where `block` is not 0, the largest probability of each block of keys
+    (B, G, T, N). `dropout` is the rate at which probabilities are dropped.
 
     Raises:
         TorchstoneError: dropout, and too many tokens to hold all probabilities.
@@ -316,7 +345,7 @@ def mix_values(
         tapped = ctx.drop(ctx.tap("probs", probs), dropout, "probs")
         if tapped is not probs:
             v = ops.at_least_float32(v_BGSV).repeat_interleave(q_BHTK.shape[1] // v_BGSV.shape[1], dim=1)
-            y = (tapped @ v).to(v_BGSV.dtype)
+            y, probs = (tapped @ v).to(v_BGSV.dtype), tapped
     elif block:
         arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS, "mask_of": low.mask_of}
         y, best = kernels.attention_block_max(q_BHTK, k_BGSK, v_BGSV, **blocks, **arguments)
