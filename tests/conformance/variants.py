@@ -106,7 +106,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         },
     },
     ("stack", "lazy"): {
-        "queries_keys": {"block_size": 3, "reuse": "queries_keys"},
+        "queries_keys": {"reuse": "queries_keys"},
         "single": {"block_size": 1},
     },
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
