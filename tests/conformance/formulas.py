@@ -10,7 +10,7 @@ from typing import Any
 
 from torchstone.model.stack import LayerSpec
 from torchstone.model.transformer import TransformerSpec
-from torchstone.spec import PartSpec
+from torchstone.spec import PartSpec, resolve
 
 Formula = Callable[..., int]
 
@@ -186,6 +186,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("stack", "hysparse"): lambda spec, layers, D: 0,
     ("stack", "longmem"): lambda spec, layers, D: _side(spec, layers, D),
     ("stack", "lazy"): lambda spec, layers, D: 0,
+    ("stack", "tim"): lambda spec, layers, D: 0,
 }
 
 
@@ -196,8 +197,15 @@ def of(spec: PartSpec) -> Formula:
     return FORMULAS[key]
 
 
+def _mechanisms(layer: LayerSpec) -> int:
+    """How many stand side by side in a layer."""
+    return layer.block.mechanisms if layer.block.kind == "mechanisms" else 1
+
+
 def of_layer(layer: LayerSpec, D: int, memory: bool) -> int:
-    """Parameters of a layer."""
+    """Parameters of one layer of width D, whose memory, if it has one, has that width too."""
+    if layer.block.kind == "mechanisms":
+        return _layer_of_mechanisms(layer, D, memory)
     around, _ = of(layer.residual)(layer.residual)
     joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
     total = joins * around * of(layer.norm)(layer.norm, D)
@@ -216,6 +224,23 @@ def _side(spec: Any, layers: Any, D: int) -> int:
     return sum(of_layer(layer, D, False) for layer in own) + own[spec.beside(len(layers))].attention.heads
 
 
+def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool) -> int:
+    """M layers of width W with their heads and hidden units shared out, M logits, M communications."""
+    block: Any = layer.block
+    M, W = block.mechanisms, D // block.mechanisms
+    fields = {name: layer.attention.dump().get(name) for name in ("heads", "kv_heads", "q_latent", "kv_latent")}
+    attention = layer.attention.model_copy(update={name: n // M for name, n in fields.items() if n is not None})
+    ffn = layer.ffn.model_copy(update={"hidden": layer.ffn.hidden // M} if layer.ffn.hidden else {})
+    one = layer.model_copy(update={"attention": attention, "ffn": ffn, "block": resolve("block", "sequential")()})
+    total = M * of_layer(one, W, memory) + (D + M) * (block.competition != "none")
+    if block.communication is not None:
+        E = block.communication.heads * (block.communication.head_dim or min(32, W))
+        around, _ = of(layer.residual)(layer.residual)
+        adapted = of(layer.linear)(layer.linear, [(W, E, "q"), (W, E, "k"), (W, E, "v"), (E, W, "out")])
+        total += M * (4 * W * E + adapted + around * of(layer.norm)(layer.norm, W))
+    return total
+
+
 def parameters(spec: TransformerSpec) -> int:
     """Parameters of a Transformer whose layers are alike."""
     D, V = spec.width, spec.vocabulary
@@ -228,8 +253,10 @@ def parameters(spec: TransformerSpec) -> int:
         if plan:
             _, final = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
-            heads = {(layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
-            for H, _ in heads if plan[0].position.gives == "bias" else [(0, 0)]:  # each sort of heads has a module
+            heads = {(_mechanisms(layer), layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
+            for _, H, _ in (
+                heads if plan[0].position.gives == "bias" else [(0, 0, 0)]
+            ):  # each sort of heads has a module
                 total += of(plan[0].position)(plan[0].position, E, H, spec.context)
             total += of(spec.stack)(spec.stack, layers, D)
     return total

@@ -41,7 +41,7 @@ def test_two_models_that_differ_in_one_part_agree_in_every_other_parameter(famil
     base, other = Case.of(**start), Case.of(**{**start, family: value})
     ours, theirs = (case.model(seed=4, noise=0).state_dict() for case in (base, other))
     common = [name for name in ours if name in theirs and not re.search(HOMES[family], name)]
-    assert len(common) >= 3
+    assert len(common) >= (2 if family == "stack" else 3)  # a stack may have no layer like those of another
     for name in common:
         assert torch.equal(ours[name], theirs[name]), f"{name} differs between {base} and {other}"
     if family not in ("block", "stack", "linear"):

@@ -779,6 +779,66 @@ def causal_probs(q_TK: np.ndarray, k_TK: np.ndarray) -> np.ndarray:
     return probs
 
 
+@oracle("stack", "tim")
+def _() -> None:
+    for stack, residual in product(("tim", "tim_early", "tim_apart"), ("post", "pre")):
+        model, ids = Case.of(stack=stack, residual=residual, position="none").model(depth=3), drawn_ids(1, 7)
+        x = model.embedding.weight[ids]
+        for layer in model.decoder.layers:
+            plain = not hasattr(layer, "mechanisms")
+            x = layer(x, Context.alone(x))[0] if plain else mechanisms_by_hand(layer, x[0], residual)[None]
+        same(model(ids).hidden, x if residual == "post" else rms(x, model.decoder.norm.weight), f"{stack} {residual}")
+
+
+def mechanisms_by_hand(layer: Any, x_TD: torch.Tensor, residual: str) -> torch.Tensor:
+    """A layer of mechanisms position by position; section 2 of Lamb et al. 2021, with norms by slice."""
+    spec, M, T = layer.spec, len(layer.mechanisms), len(x_TD)
+    x = [list(slice_TW) for slice_TW in x_TD.reshape(T, M, -1).unbind(1)]  # x[m][t]
+    pre = residual == "pre"
+
+    def updated(joins: list[Any], update: Callable[[list[list[torch.Tensor]]], Any]) -> None:
+        """Every x[m][t] with update(what is read)[m][t] added to it."""
+        read = [[rms(v, joins[m].norm.weight) if pre else v for v in x[m]] for m in range(M)]
+        y = update(read)
+        for m, t in product(range(M), range(T)):
+            x[m][t] = x[m][t] + y[m][t] if pre else rms(x[m][t] + y[m][t], joins[m].norm.weight)
+
+    def attention(h: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        y = []
+        for m, one in enumerate(layer.mechanisms):
+            seen = lambda t, s: s <= t  # noqa: E731
+            by_hand = softmax_by_hand(one.attention.spec, one.attention, array(torch.stack(h[m])), None, seen)
+            y.append(list(torch.from_numpy(by_hand)))
+        if spec.competition == "none":
+            return y
+        for t in range(T):
+            e = [math.exp(float(layer.competition.weight[m] @ h[m][t] + layer.competition.bias[m])) for m in range(M)]
+            for m in range(M):
+                y[m][t] = y[m][t] * e[m] / sum(e) * (M if spec.competition == "scaled" else 1)
+        return y
+
+    def across(h: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        H, K = spec.communication.heads, spec.communication.head_dim or 16
+        y = [[torch.zeros(H * K, dtype=torch.float64) for _ in range(T)] for _ in range(M)]
+        for t, i in product(range(T), range(H)):
+            mine = slice(i * K, (i + 1) * K)
+            q, k, v = zip(*((layer.communication.qkv[m].weight @ h[m][t]).split(H * K) for m in range(M)), strict=True)
+            for m in range(M):
+                e = [math.exp(float(q[m][mine] @ k[n][mine]) / math.sqrt(K)) for n in range(M)]
+                y[m][t][mine] = sum(e[n] / sum(e) * v[n][mine] for n in range(M))
+        return [[layer.communication.out[m].weight @ y[m][t] for t in range(T)] for m in range(M)]
+
+    updated([one.attention_residual for one in layer.mechanisms], attention)
+    place = spec.communication.place if spec.communication else "nowhere"
+    if place == "before_ffn":
+        updated(layer.communication.residual, across)
+    feed = lambda h: [[one.ffn(v[None])[0][0] for v in h[m]] for m, one in enumerate(layer.mechanisms)]  # noqa: E731
+    updated([one.ffn_residual for one in layer.mechanisms], feed)
+    if place == "after_ffn":
+        updated(layer.communication.residual, across)
+    return torch.cat([torch.stack(slice_) for slice_ in x], -1)
+
+
 @oracle("embedding", "token")
 def _() -> None:
     ids, segment = drawn_ids(2, 6), drawn_ids(2, 6, seed=1) % 2

@@ -109,6 +109,17 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "queries_keys": {"reuse": "queries_keys"},
         "single": {"block_size": 1},
     },
+    ("stack", "tim"): {  # the defaults are for more layers than two, and an encoder here has one
+        "default": {"plain_first": 0, "plain_last": 0},
+        "early": {
+            "mechanisms": 4,
+            "plain_first": 0,
+            "plain_last": 1,
+            "competition": "scaled",
+            "communication": {"heads": 3, "head_dim": 5, "place": "before_ffn"},
+        },
+        "apart": {"plain_first": 1, "plain_last": 0, "competition": "none", "communication": None},
+    },
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
     ("stack", "yoco"): {
         "window": {"self_attention": {"kind": "softmax", "heads": 4, "window": 5}},

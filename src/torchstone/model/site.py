@@ -26,7 +26,7 @@ Initialise = Callable[[torch.Tensor, str, torch.Generator], None]
 
 
 class _Positions(Protocol):
-    def add(self, spec: PositionSpec, dim: int, heads: int, width: int) -> str: ...
+    def add(self, spec: PositionSpec, dim: int, heads: int, width: int, group: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Site:
         gives: what this layer's attention hands to later ones.
         positions: the stack's registry of position modules; None when a part is used alone.
         table_width: width of the embedding's vectors; None for that of the stream.
+        group: which of several parts side by side this is; each has score biases of its own.
     """
 
     width: int
@@ -72,6 +73,7 @@ class Site:
     position_spec: PositionSpec | None = None
     positions: _Positions | None = None
     table_width: int | None = None
+    group: int = 0
 
     @property
     def init(self) -> Initialise:
@@ -102,7 +104,7 @@ class Site:
             return None
         if self.position_spec.gives in ("nothing", "embedding"):
             return None
-        return self.positions.add(self.position_spec, dim, heads, self.width)
+        return self.positions.add(self.position_spec, dim, heads, self.width, self.group)
 
 
 def parameter_name(name: str) -> str:

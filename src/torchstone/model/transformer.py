@@ -127,7 +127,7 @@ class TransformerSpec(LayerSpec, ModelSpec):
     def _check(self, layer: LayerSpec, number: int, side: str) -> None:
         causal = side == "decoder"
         reason = layer.illegal(self.width)
-        if misplaced := layer.attention.misplaced():
+        if misplaced := layer.attention.misplaced() or layer.block.misplaced():
             reason = misplaced
         elif layer.attention.causal_only and not causal:
             reason = f"attention {layer.attention.kind} has no bidirectional form; it needs causal: true"

@@ -46,6 +46,9 @@ class AttentionSpec(PartSpec):
     causal_only: ClassVar[bool] = False
     """Whether it has no bidirectional form."""
 
+    divided: ClassVar[tuple[str, ...]] = ("heads",)
+    """Fields that are shared out where several of it stand side by side, each on a slice of the stream."""
+
     heads: int = Field(8, ge=1)
     """Number of query heads."""
 

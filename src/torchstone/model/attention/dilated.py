@@ -37,6 +37,7 @@ __all__ = ["DilatedAttention", "DilatedSpec"]
 class DilatedSpec(AttentionSpec):
     """Softmax attention on dilated segments, several patterns mixed by their softmax denominators."""
 
+    divided: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})
     paper: ClassVar[str] = "Ding et al. 2023, arXiv 2307.02486"
 

@@ -39,6 +39,7 @@ __all__ = ["LatentAttention", "MLASpec"]
 class MLASpec(AttentionSpec):
     """Multi-head latent attention: keys and values of all heads from one cached latent a token."""
 
+    divided: ClassVar[tuple[str, ...]] = ("heads", "kv_latent", "q_latent")
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "role", "prefix"})
     paper: ClassVar[str] = "DeepSeek-AI 2024, arXiv 2405.04434"
 

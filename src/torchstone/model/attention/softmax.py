@@ -36,6 +36,7 @@ class SoftmaxSpec(AttentionSpec):
     can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "queries_keys", "block_max", "fresh"})
     crosses: ClassVar[bool] = True
     offsets: ClassVar[bool] = True
+    divided: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 

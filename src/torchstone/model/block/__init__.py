@@ -39,13 +39,17 @@ class BlockSpec(PartSpec):
         """Why these parts cannot stand in this order, in one sentence; None if they can."""
         return None
 
+    def misplaced(self) -> str | None:
+        """Why a layer cannot ask for it; None if it can."""
+        return None
+
     def build(self, layer: LayerSpec, site: Site, memory_width: int | None) -> Block:
         """The module; with a memory, a cross-attention stands after the attention."""
         raise NotImplementedError
 
 
 class Block(nn.Module):
-    """What a block kind builds. `attentions` names its sublayers that may have decode state."""
+    """What a block kind builds. `attentions` names its sublayers that may have decode state, by path within it."""
 
     attentions: tuple[str, ...] = ("attention",)
 
@@ -60,7 +64,7 @@ class Block(nn.Module):
             self._attention(name).prepare(ctx)
 
     def _attention(self, name: str) -> Attention:
-        return getattr(self, name)
+        return self.get_submodule(name)  # type: ignore[return-value]
 
     def forward(
         self,

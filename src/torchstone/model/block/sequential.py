@@ -54,10 +54,20 @@ class SequentialBlock(Block):
         y, handoff, aux = self.attention(h, inside, state.get("attention"), given)
         x_BTD = self.attention_residual.write(x_BTD, y, inside)
         if self.cross is not None:
-            inside = ctx.inside("cross")
-            h = self.cross_residual.read(x_BTD)
-            y, _, more = self.cross(h, inside, state.get("cross"))
-            x_BTD, aux = self.cross_residual.write(x_BTD, y, inside), add_aux(aux, more)
+            x_BTD, more = self.crossed(x_BTD, ctx, state.get("cross"))
+            aux = add_aux(aux, more)
+        x_BTD, more = self.fed(x_BTD, ctx)
+        return x_BTD, handoff, add_aux(aux, more)
+
+    def crossed(self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None) -> tuple[torch.Tensor, Aux]:
+        """The stream after the cross-attention."""
+        assert self.cross is not None
+        inside = ctx.inside("cross")
+        y, _, aux = self.cross(self.cross_residual.read(x_BTD), inside, state)
+        return self.cross_residual.write(x_BTD, y, inside), aux
+
+    def fed(self, x_BTD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, Aux]:
+        """The stream after the feed-forward."""
         inside = ctx.inside("ffn")
-        y, more = self.ffn(self.ffn_residual.read(x_BTD), inside)
-        return self.ffn_residual.write(x_BTD, y, inside), handoff, add_aux(aux, more)
+        y, aux = self.ffn(self.ffn_residual.read(x_BTD), inside)
+        return self.ffn_residual.write(x_BTD, y, inside), aux

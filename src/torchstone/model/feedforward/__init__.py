@@ -51,6 +51,8 @@ class FeedForwardSpec(PartSpec):
 
     family: ClassVar[str] = "ffn"
     default_kind: ClassVar[str] = "swiglu"
+    divided: ClassVar[tuple[str, ...]] = ("hidden",)
+    """Fields that are shared out where several of it stand side by side, each on a slice of the stream."""
 
     hidden: int | None = Field(None, ge=1)
     """Width inside; None is the kind's usual multiple of the stream's width."""

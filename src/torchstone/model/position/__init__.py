@@ -103,9 +103,9 @@ class Positions(nn.ModuleDict):
         """The modules by key."""
         return dict(self.items())  # type: ignore[arg-type]
 
-    def add(self, spec: PositionSpec, dim: int, heads: int, width: int) -> str:
-        """Key of the module for these arguments, made if it is new."""
-        what = (spec.kind, spec.model_dump_json(), dim, heads, width)
+    def add(self, spec: PositionSpec, dim: int, heads: int, width: int, group: int = 0) -> str:
+        """Key of the module for these arguments, made if it is new; only score biases go by `group`."""
+        what = (spec.kind, spec.model_dump_json(), dim, heads, width, group if spec.gives == "bias" else 0)
         if spec.scope == "layer" or what not in self._made:
             same = sum(key == spec.kind or key.startswith(f"{spec.kind}_") for key in self)
             key = f"{spec.kind}_{same}" if same else spec.kind
