@@ -812,7 +812,8 @@ def mechanisms_by_hand(layer: Any, x_TD: torch.Tensor, residual: str) -> torch.T
         if spec.competition == "none":
             return y
         for t in range(T):
-            e = [math.exp(float(layer.competition.weight[m] @ h[m][t] + layer.competition.bias[m])) for m in range(M)]
+            c = layer.competition
+            e = [math.exp((c.weight[m] @ h[m][t] + c.bias[m]).item()) for m in range(M)]
             for m in range(M):
                 y[m][t] = y[m][t] * e[m] / sum(e) * (M if spec.competition == "scaled" else 1)
         return y
@@ -824,7 +825,7 @@ def mechanisms_by_hand(layer: Any, x_TD: torch.Tensor, residual: str) -> torch.T
             mine = slice(i * K, (i + 1) * K)
             q, k, v = zip(*((layer.communication.qkv[m].weight @ h[m][t]).split(H * K) for m in range(M)), strict=True)
             for m in range(M):
-                e = [math.exp(float(q[m][mine] @ k[n][mine]) / math.sqrt(K)) for n in range(M)]
+                e = [math.exp((q[m][mine] @ k[n][mine]).item() / math.sqrt(K)) for n in range(M)]
                 y[m][t][mine] = sum(e[n] / sum(e) * v[n][mine] for n in range(M))
         return [[layer.communication.out[m].weight @ y[m][t] for t in range(T)] for m in range(M)]
 

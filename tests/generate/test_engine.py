@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "stack": {"kind": "yoco", "self_attention": {"kind": "softmax", "heads": 4, "window": 5}},
         "attention": ATTENTIONS["grouped"],
     },
+    "tim-t5": {"depth": 3, "stack": {"kind": "tim", "plain_first": 1}, "position": "t5"},
     "untied-softcapped": {"head": {"kind": "lm", "tied": False, "softcap": 20.0}},
 }
 LENGTHS, NEW = (7, 1, 12, 7, 3), 14
