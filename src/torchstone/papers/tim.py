@@ -1,0 +1,172 @@
+"""Transformers with Competitive Ensembles of Independent Mechanisms (Lamb et al. 2021, arXiv 2103.00336)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchstone.interop.presets import preset
+from torchstone.keys import Key
+from torchstone.model.block.mechanisms import MechanismsBlock
+from torchstone.model.site import initialise
+from torchstone.model.taps import Taps
+from torchstone.model.transformer import Transformer, TransformerSpec
+from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale
+from torchstone.spec import validate
+
+__all__ = ["PAPER"]
+
+BUILDS = (
+    "torchstone.model.stack.tim",
+    "torchstone.model.block.mechanisms",
+    "torchstone.model.block.sequential",
+)
+
+# ----------------------------------------------------------------------------------------------------- independence
+
+_WIDTH, _TOKENS, _MECHANISMS = 32, 5, 4
+_ATTENTIONS: dict[str, dict[str, Any]] = {
+    "softmax": {"heads": 4},
+    "gated_retention": {"kind": "gated_retention", "heads": 4},
+    "mla": {"kind": "mla", "heads": 4, "kv_latent": 16, "nope_dim": 4, "rope_dim": 4, "v_dim": 8},
+}
+
+
+def _model(seed: int, residual: str, attention: dict[str, Any], depth: int, **stack: Any) -> Transformer:
+    """Layers of four mechanisms in float64, with weights that make attention and competition uneven."""
+    cut = {"kind": "tim", "mechanisms": _MECHANISMS, "plain_first": 0, "plain_last": 0, **stack}
+    fields = {"width": _WIDTH, "depth": depth, "vocabulary": 2, "attention": attention, "residual": residual}
+    model = validate(TransformerSpec, {**fields, "stack": cut}).build().double()
+    initialise(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=Key(seed).fold("tim", name).generator())
+            parameter.add_(0.3 * drawn)
+    return model
+
+
+def _influence(model: Transformer, seed: int, fixed: bool) -> torch.Tensor:
+    """(T, M, T, M): the largest derivative of what a mechanism is at a position after the last layer by what another
+    was at a position before the first; `fixed` holds the shares of the competition."""
+    last = f"decoder.layers.{model.spec.depth - 1}.x"
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64)
+    x_TD = torch.randn(_TOKENS, _WIDTH, generator=torch.Generator().manual_seed(seed)).double()
+
+    def stream(x_TD: torch.Tensor) -> torch.Tensor:
+        taps = Taps(record=[last], replace={"*.competition": torch.Tensor.detach} if fixed else {})
+        model(tokens, embeddings=x_TD[None], taps=taps, outputs="none")
+        return taps.seen[last][0]
+
+    jacobian: Any = torch.autograd.functional.jacobian(stream, x_TD)
+    return jacobian.abs().unflatten(3, (_MECHANISMS, -1)).unflatten(1, (_MECHANISMS, -1)).amax(dim=(2, 5))
+
+
+def _independence(scale: Scale, first: int) -> Measured:
+    apart = ~torch.eye(_MECHANISMS, dtype=torch.bool)
+    found: dict[str, list[float]] = {name: [] for name in ("fixed", "own", "earlier", "same", "communicated")}
+    for seed in range(first, first + (1 if scale == "quick" else 3)):
+        for residual in ("post", "pre"):
+            for attention in _ATTENTIONS.values():
+                model = _model(seed, residual, attention, 3, communication=None)
+                by = _influence(model, seed, fixed=True).transpose(1, 2)
+                found["fixed"].append(float(by[:, :, apart].max()))
+                found["own"].append(float(by[-1, 0, ~apart].min()))
+            model = _model(seed, residual, _ATTENTIONS["softmax"], 1, communication=None)
+            by = _influence(model, seed, fixed=False).transpose(1, 2)[-1][:, apart]
+            found["earlier"].append(float(by[:-1].max()))
+            found["same"].append(float(by[-1].min()))
+            model = _model(seed, residual, _ATTENTIONS["softmax"], 1, competition="none")
+            by = _influence(model, seed, fixed=False).transpose(1, 2)[-1][:, apart]
+            found["communicated"].append(float(by[:-1].min()))
+    return Measured(
+        {
+            "no communication, competition fixed: another mechanism": max(found["fixed"]),
+            "no communication, competition fixed: the mechanism's own first position": min(found["own"]),
+            "no communication, one layer: another mechanism at an earlier position": max(found["earlier"]),
+            "no communication, one layer: another mechanism at the same position": min(found["same"]),
+            "communication, one layer: another mechanism at an earlier position": min(found["communicated"]),
+        }
+    )
+
+
+_independence.builds = BUILDS  # type: ignore[attr-defined]
+
+INDEPENDENCE = Claim(
+    id="independence",
+    kind="identity",
+    text="With communication left out and the competition fixed, no mechanism's output depends on another's input, in "
+    "three layers of softmax, gated retention or latent attention, norms before or after. The competition reaches "
+    "another mechanism at the same position only; communication passes on what another has attended to.",
+    figure="mechanisms have parameters of their own and exchange information through attention only",
+    gates=(
+        Number("no communication, competition fixed: another mechanism", low=0.0, high=0.0),
+        Number("no communication, competition fixed: the mechanism's own first position", low=1e-9),
+        Number("no communication, one layer: another mechanism at an earlier position", low=0.0, high=0.0),
+        Number("no communication, one layer: another mechanism at the same position", low=1e-9),
+        Number("communication, one layer: another mechanism at an earlier position", low=1e-9),
+    ),
+    run=_independence,
+)
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+def _parameters(scale: Scale, first: int) -> Measured:
+    layout, numbers = preset("tim-bert-base-layout").dump(), {}
+    for mechanisms in (2, 4):
+        with torch.device("meta"):
+            fields = {**layout, "stack": {**layout["stack"], "mechanisms": mechanisms}}
+            encoder = validate(TransformerSpec, fields).build().encoder
+        assert encoder is not None
+        plain, ours = encoder.layers[0], encoder.layers[2]
+        assert isinstance(ours, MechanismsBlock)
+        name = f"{mechanisms} mechanisms"
+        numbers[f"{name}: matrices of a plain layer over those of one of theirs"] = _matrices(plain) / _matrices(
+            ours.mechanisms
+        )
+        numbers[f"{name}: matrices of the communication"] = _matrices(ours.communication)
+        numbers[f"{name}: weights of the competition"] = _matrices(ours.competition)
+    return Measured(numbers)
+
+
+def _matrices(module: torch.nn.Module | None) -> int:
+    assert module is not None
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+
+
+_parameters.builds = BUILDS  # type: ignore[attr-defined]
+
+PARAMETERS = Claim(
+    id="parameters",
+    kind="arithmetic",
+    text="At the width of BERT-base a layer of 2 or 4 mechanisms has 2 or 4 times fewer weights in attention and "
+    "feed-forward than a plain one. The communication adds 4 d e / mechanisms with e = mechanisms * heads * head_dim, "
+    "and the competition d.",
+    figure="block-diagonal matrices: d f / mechanisms weights in the place of d f",
+    gates=tuple(
+        Number(f"{mechanisms} mechanisms: {what}", low=value, high=value)
+        for mechanisms in (2, 4)
+        for what, value in (
+            ("matrices of a plain layer over those of one of theirs", mechanisms),
+            ("matrices of the communication", 4 * 768 * 2 * 32),
+            ("weights of the competition", 768),
+        )
+    ),
+    run=_parameters,
+)
+
+PAPER = Paper(
+    slug="tim",
+    title="Transformers with Competitive Ensembles of Independent Mechanisms",
+    authors="Alex Lamb, Di He, Anirudh Goyal et al., Yoshua Bengio",
+    year=2021,
+    link="https://arxiv.org/abs/2103.00336",
+    topics=("modularity", "parameter efficiency", "interpretability"),
+    parts=("stack.tim", "block.mechanisms"),
+    summary="Layers in the middle are cut into mechanisms with a slice of the stream, an attention and a feed-forward "
+    "each. They compete for how much attention may change them and meet only in an attention across them at each "
+    "position.",
+    claims=(INDEPENDENCE, PARAMETERS),
+)
