@@ -199,7 +199,8 @@ class Communication(nn.Module):
         made = [qkv(residual.read(x)) for residual, qkv, x in zip(residuals, self.qkv, x_BTW, strict=True)]
         heads_NHMK = torch.stack(made, -2).flatten(0, 1).unflatten(-1, (3 * self.H, self.K)).transpose(1, 2)
         q, k, v = heads_NHMK.chunk(3, 1)  # every position is a row, every mechanism a place in it
-        y_NHMK = mix_values(q, k, v, Lowered(), ctx, scale=self.K**-0.5)[0]
+        # kept, and so no kernel: M is too small for one, and on CUDA they take 65,535 rows at most (pytorch #146704)
+        y_NHMK = mix_values(q, k, v, Lowered(), ctx, scale=self.K**-0.5, keep=True)[0]
         y_BTME = y_NHMK.transpose(1, 2).flatten(-2).unflatten(0, x_BTW[0].shape[:2])
         return [
             residual.write(x, out(norm(y_BTME[..., m, :])), ctx.inside(str(m)))
