@@ -206,6 +206,23 @@ def _new(fixed: Mapping[str, str], axis: str, value: str, uncovered: set[Pair]) 
     )
 
 
+@functools.cache
+def first_cases() -> frozenset[Case]:
+    """Some of the covering cases, in which every two kinds that go together meet and every variant is: what runs at
+    every change, while the rest is for the slow tier."""
+
+    def shows(case: Case) -> set[Any]:
+        kinds = sorted((axis, kind_of(axis, value)) for axis, value in case.chosen.items())
+        return {*itertools.combinations(kinds, 2), *case.chosen.items()}
+
+    cases = covering()[0]
+    left, chosen = set().union(*map(shows, cases)), []
+    while left:
+        chosen.append(max(cases, key=lambda case: len(shows(case) & left)))
+        left -= shows(chosen[-1])
+    return frozenset(chosen)
+
+
 def singles() -> list[Case]:
     """One case for each variant of each family, all else usual where that is legal."""
     found = {}

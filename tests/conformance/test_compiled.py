@@ -68,7 +68,7 @@ def shallowest(case: Case) -> int:
     return 1 if case.chosen["stack"] == "plain" else 2
 
 
-@pytest.mark.parametrize("case", SINGLES, ids=str)
+@pytest.mark.parametrize("case", usual_first(SINGLES))
 def test_compiled_layer_gives_the_same_values_and_gradients(case: Case) -> None:
     agree(
         case,

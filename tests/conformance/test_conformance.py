@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conformance.cases import Case, all_pairs, axes, covering, pairs_of, singles
+from conformance.cases import Case, all_pairs, axes, covering, first_cases, kind_of, pairs_of, singles
 from conformance.checks import CHECKS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -24,13 +24,14 @@ def exempt(case: Case, check: str) -> bool:
     )
 
 
-def applicable(check: str) -> list[Case]:
-    return [case for case in covering()[0] if CHECKS[check][1](case) and not exempt(case, check)]
+def applicable(check: str) -> list[Any]:
+    cases = [case for case in covering()[0] if CHECKS[check][1](case) and not exempt(case, check)]
+    return [pytest.param(case, id=str(case), marks=() if case in first_cases() else pytest.mark.slow) for case in cases]
 
 
 def claim(check: str) -> Any:
     """A test of one check on every case of the covering array to which it applies."""
-    return pytest.mark.parametrize("case", applicable(check), ids=str)
+    return pytest.mark.parametrize("case", applicable(check))
 
 
 @claim("causality")
@@ -137,6 +138,15 @@ def test_every_legal_pair_of_a_variant_and_a_kind_is_in_some_model() -> None:
     for pair in all_pairs():
         assert pair in covered or illegal.get(pair), f"{pair} is in no model and nothing forbids it"
     assert not covered & set(illegal)
+
+
+def test_kinds_that_go_together_meet_and_every_variant_is_in_a_model_that_runs_at_every_change() -> None:
+    def met(cases: Any) -> set[Any]:
+        kinds = [[(axis, kind_of(axis, value)) for axis, value in case.chosen.items()] for case in cases]
+        pairs = {pair for each in kinds for pair in itertools.combinations(each, 2)}
+        return pairs | {item for case in cases for item in case.chosen.items()}
+
+    assert met(first_cases()) == met(covering()[0]) and len(first_cases()) < len(covering()[0])
 
 
 def test_every_variant_of_every_kind_is_in_some_model() -> None:
