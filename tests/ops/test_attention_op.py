@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchstone.ops.attention import attention, attention_reference, blockwise
+from torchstone.ops.attention import attention, attention_probs, attention_reference, blockwise
 
 SHAPES = [(2, 4, 4, 13, 13, 5), (2, 4, 2, 1, 17, 7), (1, 6, 1, 9, 9, 3), (3, 2, 2, 4, 11, 8), (1, 1, 1, 1, 1, 1)]
 SHAPES += [(2, 4, 4, 13, 13, 6, 4), (2, 4, 2, 5, 9, 3, 8), (2, 4, 1, 1, 9, 6, 4)]  # values of another size
@@ -64,6 +64,27 @@ def test_fast_path_equals_the_definition_forwards_and_backwards(
     assert torch.isfinite(lse).all()
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), made) for y in (fast, slow)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mask", [*masks(1, 1, 1, 1), "blind", "blind_bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_probabilities_equal_those_of_the_definition_forwards_and_backwards(
+    shape: tuple[int, ...], mask: str
+) -> None:
+    B, H, _, T, S = shape[:5]
+    seen = (torch.rand(B, 1, T, S) < 0.5) & (torch.arange(T) < T - 1)[:, None]  # the last query sees no key
+    blind = {"blind": seen, "blind_bias": torch.where(seen, torch.randn(B, H, T, S, dtype=torch.float64), -math.inf)}
+    arguments: dict[str, Any] = {"mask_BHTS": blind[mask]} if mask in blind else masks(B, H, T, S)[mask]
+    made = operands(*shape)
+    found = attention_probs(*made, scale=0.3, **arguments)
+    wanted = attention_reference(*made, scale=0.3, **arguments)[:2]
+    weights = [torch.randn(y.shape, dtype=torch.float64) for y in wanted]
+    grads = []
+    for each in (found, wanted):
+        loss = sum((y * weight).sum() for y, weight in zip(each, weights, strict=True))
+        grads.append([*each, *torch.autograd.grad(loss, made)])
+    for fast, slow in zip(*grads, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -24,6 +24,7 @@ from torchstone.model.attention.softmax import CrossAttention, SelfAttention, So
 from torchstone.model.context import Aux, Context, Handoff
 from torchstone.model.site import Site
 from torchstone.model.state import PartState
+from torchstone.ops import attention as kernels
 
 __all__ = ["GivenProbs", "GivenProbsSpec", "Reuse"]
 
@@ -72,18 +73,12 @@ class GivenProbs(SelfAttention):
         v_BGTK = ctx.tap("v", self.heads(self.v(x_BTD), self.G))
         (v_BGSK,), _, low, decay = self.history(ctx, state, v=v_BGTK)
         if given.probs is not None:
-            y_BHTK = self.mixed(ctx.tap("probs", given.probs), v_BGSK)
+            y_BHTK = kernels.weighted_values(ctx.tap("probs", given.probs).to(v_BGSK.dtype), v_BGSK)
         else:
             assert given.q is not None and given.k is not None
             # by the giver's key, so that what it dropped is dropped here
             y_BHTK = self.attend(given.q, given.k, v_BGSK, low, replace(ctx, key=given.key), decay)[0]
         return self.joined(y_BHTK, ctx), None, {}
-
-    def mixed(self, probs_BHTS: torch.Tensor, v_BGSK: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, K). The heads of a group are more queries of one head, and no value is copied."""
-        B, H, T, S = probs_BHTS.shape
-        y_BGRK = probs_BHTS.to(v_BGSK.dtype).reshape(B, self.G, -1, S) @ v_BGSK
-        return y_BGRK.reshape(B, H, T, self.K)
 
     def flops(self, context: int) -> float:
         return super().flops(context) / (1 if self.spec.reuse == "queries_keys" else 2)

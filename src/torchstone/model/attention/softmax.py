@@ -342,11 +342,10 @@ def mix_values(
         if block:
             y, probs, best = kernels.attention_block_max_reference(q_BHTK, k_BGSK, v_BGSV, **blocks, **arguments)
         else:
-            y, probs, _ = kernels.attention_reference(q_BHTK, k_BGSK, v_BGSV, **arguments)
+            y, probs = kernels.attention_probs(q_BHTK, k_BGSK, v_BGSV, **arguments)
         tapped = ctx.drop(ctx.tap("probs", probs), dropout, "probs")
         if tapped is not probs:
-            v = ops.at_least_float32(v_BGSV).repeat_interleave(q_BHTK.shape[1] // v_BGSV.shape[1], dim=1)
-            y, probs = (tapped @ v).to(v_BGSV.dtype), tapped
+            y, probs = kernels.weighted_values(tapped, ops.at_least_float32(v_BGSV)).to(v_BGSV.dtype), tapped
     elif block:
         arguments |= {"causal": low.causal, "mask_BHTS": low.matrix_B1TS, "mask_of": low.mask_of}
         y, best = kernels.attention_block_max(q_BHTK, k_BGSK, v_BGSV, **blocks, **arguments)

@@ -1,6 +1,6 @@
 """Softmax attention: `attention` for one mask, `blockwise` where a T x S mask would be too large to hold,
 `attention_block_max` where a later layer wants to know which blocks of keys mattered, `attention_lse` and `merge` where
-results over several sets of keys become one."""
+results over several sets of keys become one, `attention_probs` where somebody wants the probabilities."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchstone.ops.attention.block_max import block_maxima
 from torchstone.ops.attention.decay import Decay
 from torchstone.ops.attention.decode import decode_loops, decode_wide
 from torchstone.ops.attention.merging import attention_lse, fused_lse, merge, shares
+from torchstone.ops.attention.probs import attention_probs, weighted_values
 from torchstone.ops.attention.reference import attention_block_max_reference, attention_reference, scores_reference
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "attention_block_max",
     "attention_block_max_reference",
     "attention_lse",
+    "attention_probs",
     "attention_reference",
     "blockwise",
     "fused_lse",
     "merge",
     "scores_reference",
     "shares",
+    "weighted_values",
 ]
 
 
