@@ -21,6 +21,7 @@ BUILDS = (
     "torchstone.model.stack.lazy",
     "torchstone.model.attention.given_probs",
     "torchstone.model.attention.softmax",
+    "torchstone.ops.attention.probs",
 )
 
 
