@@ -173,7 +173,7 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
 
 def test_fifteen_hundred_mutated_recipes_give_a_sentence_or_a_model() -> None:
     found = fuzz(1500, seed=0)
-    assert found["refused"] > 500 and found["built"] > 100 and found["ran"] > 20, found  # it tries all three
+    assert found["refused"] > 500 and found["built"] > 100 and found["ran"] > 30, found
 
 
 @pytest.mark.slow
