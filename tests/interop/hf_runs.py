@@ -26,6 +26,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": {"heads": 4},
         "head": {"kind": "lm", "tied": False, "bias": True, "softcap": 20.0},
     },
+    "retention": {**WIDE, "attention": {"kind": "retention", "heads": 4, "chunk": 3}},
+    "mla": {
+        **WIDE,
+        "attention": {"kind": "mla", "heads": 4, "kv_latent": 12, "nope_dim": 8, "rope_dim": 4, "v_dim": 8},
+    },
+    "dilated": {**WIDE, "attention": {"kind": "dilated", "heads": 4, "segments": [4, 16], "dilations": [1, 2]}},
+    "xpos": {**WIDE, "attention": {"heads": 4}, "position": "xpos"},
+    "yoco": {
+        **WIDE,
+        "attention": {"heads": 4},
+        "stack": {"kind": "yoco", "self_attention": {"kind": "gated_retention", "heads": 4}},
+    },
+    "hysparse": {
+        **WIDE,
+        "depth": 3,
+        "attention": {"heads": 4, "kv_heads": 2},
+        "stack": {"kind": "hysparse", "sparse_per_full": 1, "block": 2, "top_tokens": 4, "window": 3},
+    },
+    "lazy": {**WIDE, "attention": {"heads": 4}, "stack": "lazy"},
+    "tim": {**WIDE, "attention": {"heads": 4}, "stack": {"kind": "tim", "plain_first": 0, "plain_last": 1}},
+    "longmem": {**WIDE, "attention": {"heads": 4}, "stack": "longmem"},
     "dropout": {**WIDE, "attention": {"heads": 4}, "dropout": 0.2},
     "masked": {**WIDE, "attention": {"heads": 4}, "causal": False, "head": "mlm"},
 }

@@ -40,6 +40,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 DECODERS = ["grouped-rotary", "window", "window-in-one-layer", "alibi", "t5", "learned", "untied-softcap"]
+STATES = ["retention", "mla", "dilated", "xpos", "yoco", "hysparse", "lazy", "tim", "longmem"]
+"""Decoders whose state, or what their layers share, is of another kind than a softmax attention's."""
 TEXTS = ["abc de", "a", "fgh ij abcde"]
 
 
@@ -60,7 +62,7 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *STATES])
 def test_greedy_generate_of_left_padded_rows_equals_the_engine(name: str) -> None:
     given = batch(name)
     out = causal(name).generate(**given, do_sample=False, max_new_tokens=12)
@@ -137,7 +139,7 @@ def test_a_cache_of_another_kind_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------------ cache
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *STATES])
 def test_decoding_step_by_step_equals_one_forward(name: str) -> None:
     model, given = causal(name), ids(2, 9)
     cache = TorchstoneCache()
@@ -390,7 +392,7 @@ def test_the_vocabulary_keeps_its_size() -> None:
 # ------------------------------------------------------------------------------------------------ loading and saving
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "dropout"])
+@pytest.mark.parametrize("name", [*DECODERS, *STATES, "dropout"])
 def test_a_decoder_loads_saves_and_loads_exactly(name: str, tmp_path: Path) -> None:
     model, given, ours = causal(name), ids(2, 5), run(name).model()
     assert {name: value.shape for name, value in model.state_dict().items()} == {
