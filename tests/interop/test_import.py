@@ -312,5 +312,16 @@ def test_an_adapter_exported_to_peft_computes_the_same_and_so_does_the_merged_mo
     logits_close(run.model(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), ids)
 
 
+def test_an_adapter_that_peft_would_misread_is_refused_and_merges(tmp_path: Path) -> None:
+    source = save(tmp_path / "hf", deepseek())
+    run = adapted(tmp_path, source, ("up",))
+    with pytest.raises(TorchstoneError, match=r"PEFT takes model\.layers\.0\.mlp\.up_proj of a deepseek_v2 model"):
+        export_run(run, tmp_path / "adapter", to="peft")
+    assert not (tmp_path / "adapter").exists()
+    export_run(run, tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    logits_close(run.model(), theirs, torch.randint(300, (2, 9)))
+
+
 def run_layout(source: Path) -> str:
     return str(json.loads((source / "config.json").read_text())["model_type"])

@@ -306,6 +306,7 @@ class Layout:
         prefix: what checkpoints of the bare model, without a head, leave out of their names.
         renamed: (old, new) substrings of names in checkpoints of earlier times.
         free: paths of the spec that have no meaning in this layout.
+        misread: endings of modules that PEFT, in this model type, takes for something else: experts.
     """
 
     model_type: str
@@ -321,6 +322,7 @@ class Layout:
     prefix: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
     free: frozenset[str] = field(default=frozenset())
+    misread: tuple[str, ...] = ()
 
     # -- config
 

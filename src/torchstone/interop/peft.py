@@ -33,7 +33,7 @@ def adapter(
     """The adapter's config and tensors. Without a `layout`, modules have our own names, as in `torchstone.interop.hf`.
 
     Raises:
-        TorchstoneError: the run has no LoRA.
+        TorchstoneError: the run has no LoRA, or has one on a module that PEFT would take for another.
     """
     model = shape_of(spec)
     adapted = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
@@ -52,6 +52,11 @@ def adapter(
             a_RI, b_OR = _joined(module, slices)
             if a_RI.shape[0] == 0:
                 continue
+            if layout is not None and theirs.endswith(layout.misread):
+                raise TorchstoneError(
+                    f"{run.path}: PEFT takes {theirs} of a {layout.model_type} model for one of an expert's, and would "
+                    "compute something else; export it merged (--to hf), or adapt other roles"
+                )
             if isinstance(transform, HeadByHead):  # rows of B are rows of the weight
                 (b_OR,) = transform.at(spec, module.slices).split(b_OR, (b_OR.shape[0],))
             tensors[f"base_model.model.{theirs}.lora_A.weight"] = a_RI.contiguous()

@@ -104,6 +104,7 @@ def _scaled(attention: Any, position: Any, config: Mapping[str, Any]) -> dict[st
 
 LAYOUT = Layout(
     model_type="deepseek_v2",
+    misread=(".gate_proj", ".up_proj", ".down_proj"),
     sides=("decoder",),
     architectures={"DeepseekV2ForCausalLM": "lm"},
     kinds={**KINDS, "attention": ("mla",)},
