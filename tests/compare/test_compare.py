@@ -180,6 +180,7 @@ def test_a_variant_that_diverges_is_a_result_without_a_verdict(recipe: dict[str,
 # ---------------------------------------------------------------------------------------------------- cost and fairness
 
 
+@pytest.mark.slow
 def test_a_variant_that_does_not_fit_says_what_would_and_the_rest_goes_on(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_variant_that_does_not_fit_says_what_would_and_the_rest_goes_on(
     assert result.verdicts()["1048576"] is None and said in result.table
 
 
+@pytest.mark.slow
 def test_equal_time_sets_the_steps_by_the_probes(recipe: dict[str, Any], tmp_path: Path) -> None:
     made = from_axes(recipe, ["model.depth=1,2"])
     steps = made[0].recipe.trainer.steps

@@ -177,7 +177,17 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+LONG = {"compare.md", "evaluate.md", "longmem.md", "structured-prompting.md"}
+"""Documents whose blocks take more than some seconds each."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] if path.name in LONG else [])
+        for path in DOCUMENTS
+    ],
+)
 def test_every_block_runs(path: Path, tmp_path: Path) -> None:
     todo = plan(blocks_of(path))
     if todo:
