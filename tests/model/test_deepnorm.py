@@ -47,7 +47,9 @@ def test_constants_of_an_encoder_with_a_decoder() -> None:
         assert constants((N, M), "decoder") == pytest.approx(((3 * M) ** 0.25, (12 * M) ** -0.25), abs=1e-12)
 
 
-@pytest.mark.parametrize(("M", "alpha", "beta"), [(12, 2.2134, 0.31947), (100, 3.7606, 0.18803), (1000, 6.6874, 0.10574)])
+@pytest.mark.parametrize(
+    ("M", "alpha", "beta"), [(12, 2.2134, 0.31947), (100, 3.7606, 0.18803), (1000, 6.6874, 0.10574)]
+)
 def test_constants_of_decoders_as_numbers(M: int, alpha: float, beta: float) -> None:
     assert constants((0, M), "decoder") == pytest.approx((alpha, beta), abs=5e-5)
 
