@@ -12,8 +12,8 @@ from torch import nn
 from conformance.cases import Case, axes, usual
 from conformance.variants import variants
 from torchstone.model.context import Context
-from torchstone.model.position import Positions
 from torchstone.model.linear import Linear
+from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.tokens import Tokens
 from torchstone.spec import resolve, validate

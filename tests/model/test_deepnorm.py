@@ -58,7 +58,7 @@ def test_encoder_alone_and_decoder_alone_have_the_same() -> None:
     assert constants((9, 0), "encoder") == constants((0, 9), "decoder")
 
 
-# ----------------------------------------------------------------------------------------------------------- what builds
+# ---------------------------------------------------------------------------------------------------------- what builds
 
 
 def joins(stack: nn.Module) -> list[DeepNormResidual]:
@@ -139,7 +139,7 @@ def test_what_stands_outside_layers_starts_as_with_other_residuals() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in outside)
 
 
-# ------------------------------------------------------------------------------------------------------------ identities
+# ----------------------------------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.usefixtures("float64")
@@ -221,7 +221,7 @@ def test_first_step_changes_the_output_far_less_than_under_post_norm(depth: int)
     assert ours < 0.35 * theirs
 
 
-# --------------------------------------------------------------------------------------------------------- as a recipe
+# ---------------------------------------------------------------------------------------------------------- as a recipe
 
 
 def test_constants_are_of_the_depths_in_the_spec_so_that_a_saved_spec_keeps_them() -> None:

@@ -48,7 +48,7 @@ def _update(residual: str, depth: int, seed: int) -> float:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.05 * parameter.grad
+                parameter.sub_(parameter.grad, alpha=0.05)
         change = model(ids, outputs="none").hidden - before.hidden
     return float(change.norm(dim=-1).mean() / 64**0.5)
 
@@ -93,7 +93,7 @@ BOUNDED = Claim(
     text="The constants keep the bound on the change of a model's output at 1 for every depth, with the sublayers that "
     "each architecture has; first values are those; and one step of SGD changes the output of 8, 32 and 128 layers by "
     "at most 0.35 of what it does under Post-LN.",
-    figure="2 N (v^2 + w^2) / alpha^2 = O(1) with v = w = beta; decoder of M layers: alpha (2M)^(1/4), beta (8M)^(-1/4)",
+    figure="2 N (v^2 + w^2) / alpha^2 = O(1), v = w = beta; decoder of M layers: alpha (2M)^(1/4), beta (8M)^(-1/4)",
     gates=(
         Number("smallest bound", low=1 - 1e-12),
         Number("largest bound", high=1 + 1e-12),
@@ -112,7 +112,7 @@ BOUNDED = Claim(
 )
 
 
-# ------------------------------------------------------------------------------------------------------- a hundred layers
+# ----------------------------------------------------------------------------------------------------- a hundred layers
 
 _STEPS, _WIDTH = 100, 32
 _XAVIER = _WIDTH**-0.5  # deviation that Xavier gives a square matrix

@@ -22,7 +22,7 @@ __all__ = ["PAPER"]
 
 
 def _spec(residual: str, **fields: Any) -> TransformerSpec:
-    body = {
+    body: dict[str, Any] = {
         "width": 64,
         "depth": 3,
         "vocabulary": 61,
@@ -53,7 +53,7 @@ def _invariant(scale: Scale, first: int) -> Measured:
     for layer in model.main.layers:
         v, dv = layer.attention.qkv.weight[128:], layer.attention.qkv.weight.grad[128:]
         for w, dw in ((v, dv), (layer.ffn.up.weight, layer.ffn.up.weight.grad)):
-            cosines.append(abs(float((w * dw).sum() / (w.norm() * dw.norm()))))
+            cosines.append(abs(float(torch.nn.functional.cosine_similarity(w.detach().flatten(), dw.flatten(), 0))))
     with torch.no_grad():
         for weight in _values_and_hidden(model):
             weight.mul_(5.0)
@@ -97,9 +97,9 @@ def _about(name: str, value: float, within: float) -> Number:
 INVARIANT = Claim(
     id="scale-cancels",
     kind="identity",
-    text="The scale of values, and of hidden units under ReLU, cancels in the norms before output projections, so such a "
-    "weight is at right angles to its gradient. First values are sqrt(ln of the sublayers) times Xavier's, and the norms "
-    "cost 2 d + 2 d_ff parameters a layer.",
+    text="The scale of values, and of hidden units under ReLU, cancels in the norms before output projections, so such "
+    "a weight is at right angles to its gradient. First values are sqrt(ln of the sublayers) times Xavier's, and the "
+    "norms cost 2 d + 2 d_ff parameters a layer.",
     figure="gamma = sqrt(ln 2N), sqrt(ln 2M); with both stacks sqrt(ln(3M) ln(2N) / 3) and sqrt(ln 3M)",
     gates=(
         Number("values and hidden units times 5: change of the logits", high=1e-4),
@@ -137,10 +137,10 @@ _PRE: dict[str, Any] = {"model": {"residual": {"kind": "pre", "std": _XAVIER, "s
 BESIDE_PRE = Claim(
     id="better-than-pre-ln",
     kind="behaviour",
-    text="After 200 steps, each at the best of three learning rates, a decoder of 12 layers has a loss at least 0.01 nats "
-    "a byte lower with Sub-LN than as Pre-LN from Xavier's first values.",
-    figure="better than Pre-LN on language modelling, translation, vision, speech and both together, with learning rates "
-    "at which Pre-LN diverges",
+    text="After 200 steps, each at the best of three learning rates, a decoder of 12 layers has a loss at least 0.01 "
+    "nats a byte lower with Sub-LN than as Pre-LN from Xavier's first values.",
+    figure="better than Pre-LN on language modelling, translation, vision, speech and both together, with learning "
+    "rates at which Pre-LN diverges",
     gates=(Effect("better than Pre-LN", "subln", "pre", margin=0.01, null="pre_again", sabotage="subln_bare"),),
     arms=Arms(
         recipe={
@@ -205,7 +205,7 @@ PAPER = Paper(
     link="https://arxiv.org/abs/2210.06423",
     topics=("normalisation", "initialisation", "optimisation", "depth"),
     parts=("residual.subln",),
-    summary="Pre-LN with a second norm inside each sublayer before its output projection, and first values that grow with "
-    "the logarithm of the depth: one architecture for every modality.",
+    summary="Pre-LN with a second norm inside each sublayer before its output projection, and first values that grow "
+    "with the logarithm of the depth: one architecture for every modality.",
     claims=(INVARIANT, BESIDE_PRE),
 )

@@ -84,8 +84,8 @@ def normal(std: float, outputs: float = 1.0) -> Initialise:
 
 
 def xavier(gain: float) -> Initialise:
-    """Normal with variance ``2 / (inputs + outputs)`` of a slice (Glorot and Bengio 2010), times ``gain^2`` for all roles
-    but "q", "k" and "router", which make scores."""
+    """Normal with variance ``2 / (inputs + outputs)`` of a slice (Glorot and Bengio 2010), times ``gain^2`` for all
+    roles but "q", "k" and "router", which make scores."""
 
     def rule(weight: torch.Tensor, role: str, generator: torch.Generator) -> None:
         nn.init.xavier_normal_(weight, 1.0 if role in ("q", "k", "router") else gain, generator=generator)

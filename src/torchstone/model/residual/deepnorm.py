@@ -1,8 +1,8 @@
-"""DeepNorm (Wang et al. 2022, arXiv 2203.00555, section 3 and figure 2): ``norm(alpha x + f(x))``, and weights to match.
+"""DeepNorm (Wang et al. 2022, arXiv 2203.00555, figure 2): ``norm(alpha x + f(x))``, and weights to match.
 
 Post-norm whose skip is weighted up by alpha > 1 and whose value path starts smaller by beta < 1, both functions of the
-depths alone. For a stack of sublayers l whose values and outputs have scales v_l and w_l, the change of the output under
-a step that changes their parameters from theta_l to theta*_l is bounded by (section 4 of the paper)
+depths alone. For a stack of sublayers l whose values and outputs have scales v_l and w_l, the change of the output
+under a step that changes their parameters from theta_l to theta*_l is bounded by (section 4 of the paper)
 
     sum over l of  sqrt(v_l^2 + w_l^2) / alpha_l * |theta*_l - theta_l|
 
