@@ -15,8 +15,8 @@ grows like ``ln(sublayers) / gamma^2``, and gamma^2 = ln(sublayers) keeps it whe
     decoder with an encoder             sqrt(ln 3M)
 
 Projections start Xavier-normal. Gamma is the gain of values, attention outputs and all matrices of the feed-forward,
-and of gates; queries and keys have gain 1. A cross-attention has neither the second norm nor the gain, as in the published
-code. The final norm of an encoder is what a decoder's cross-attentions read.
+and of gates; queries and keys have gain 1. A cross-attention has neither the second norm nor the gain, as in the
+published code. The final norm of an encoder is what a decoder's cross-attentions read.
 """
 
 from __future__ import annotations
