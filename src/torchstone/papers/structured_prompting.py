@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchstone.adapt.structured_prompting import StructuredPrompt
+from torchstone.data.episodes import EpisodesSpec
 from torchstone.generate import Engine
 from torchstone.model.site import initialise
 from torchstone.model.transformer import TransformerSpec
-from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.recipe import load_recipe
 from torchstone.spec import validate
+from torchstone.train import train
 
 __all__ = ["PAPER"]
 
@@ -93,6 +100,123 @@ IDENTITIES = Claim(
     ),
     run=_identities,
 )
+
+# ------------------------------------------------------------------------------------------------------- behaviour
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a scale spends. A window of the model is `fit` demonstrations and a question."""
+
+    steps: int
+    seeds: int
+    rules: int
+    questions: int = 8
+    fit: int = 32
+    batch: int = 16
+    data: Mapping[str, Any] = field(default_factory=lambda: {"features": 2, "values": 4, "labels": 4})
+    model: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+
+
+_SIZES = {
+    "quick": _Size(steps=600, seeds=1, rules=20),
+    "evidence": _Size(steps=1500, seeds=5, rules=200),
+    "gpu": _Size(
+        steps=20_000,
+        seeds=5,
+        rules=500,
+        batch=64,
+        data={"features": 3, "values": 16, "labels": 4},
+        model={"width": 512, "depth": 8, "attention": {"heads": 8}},
+        precision="bf16",
+    ),
+}
+_GROUPS = (2, 4, 8, 16)
+_GATED = 8
+"""Groups at which the claim is decided."""
+
+
+def _trained(size: _Size, seed: int, folder: Path) -> Engine:
+    """A decoder trained on episodes that fill its window."""
+    model = {"width": 64, "depth": 3, "attention": {"heads": 4}, "ffn": {"kind": "mlp", "hidden": 128}, **size.model}
+    recipe = {
+        # weights that start so large let it find the demonstrations that are like the question within the first steps
+        "model": {**model, "position": "alibi", "residual": {"kind": "pre", "std": 0.15}},
+        "data": {"kind": "episodes", **size.data, "demonstrations": size.fit, "seed": seed},
+        "optimizer": {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.0},
+        "schedule": {"kind": "cosine", "warmup": 100},
+        "trainer": {
+            "seed": seed,
+            "steps": size.steps,
+            "batch": size.batch,
+            "threads": 1,
+            "precision": size.precision,
+            "compile": "off",
+            "save_every": size.steps,
+        },
+        "evaluate": {"every": size.steps, "blocks": 64, "test": False},
+    }
+    run = train(load_recipe(recipe), out=folder / f"seed-{seed}", quiet=True)
+    return Engine.of_run(run, compile="off")
+
+
+def _probabilities(
+    engine: Engine, groups: list[list[int]], asked: list[list[int]], labels: list[list[int]], weight: float | None = None
+) -> torch.Tensor:
+    """Of each label after each question (N, L)."""
+    length = len(groups[0])
+    prompt = StructuredPrompt(
+        engine, group_length=length, weight=weight, bos=None, window=length + len(asked[0]) + 1, batch=64
+    )
+    prompt.add(groups)
+    return prompt.score(asked, labels).exp()
+
+
+def _answered(size: _Size, engine: Engine, spec: EpisodesSpec, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Probabilities (N, L) of the questions' labels by arm, on one episode with as many groups as there are at most."""
+    each = spec.features + 1  # tokens of an example
+    examples = [ids[n : n + each] for n in range(0, len(ids), each)]
+    asked = [example[:-1] for example in examples[spec.demonstrations :]]
+    labels = [[spec.features * spec.values + label] for label in range(spec.labels)]
+    group = size.fit * each
+    groups = [ids[n : n + group] for n in range(0, spec.demonstrations * each, group)]
+
+    def after(some: Sequence[list[int]], weight: float | None = None) -> torch.Tensor:
+        return _probabilities(engine, list(some), asked, labels, weight)
+
+    alone = [after([one]) for one in groups]
+    found = {f"conventional {n}": after([groups[0][: n * each]]) for n in (size.fit // 4, size.fit // 2)}
+    found |= {"conventional": alone[0], "conventional again": alone[1]}
+    for M in _GROUPS:
+        name = "" if M == _GATED else f" {M}"
+        found[f"structured{name}"] = after(groups[:M])
+        found[f"not weighed{name}"] = after(groups[:M], weight=1)
+        found[f"concatenated{name}"] = after([sum(groups[:M], [])])
+        found[f"ensemble{name}"] = torch.stack(alone[:M]).mean(0)
+    found["weighed the wrong way"] = after(groups[:_GATED], weight=1 / _GATED)
+    return found
+
+
+def _more_demonstrations(scale: Scale, first: int) -> Measured:
+    size, values = _SIZES[scale], {}
+    for seed in range(first, first + size.seeds):
+        spec = EpisodesSpec(
+            **size.data, demonstrations=size.fit * max(_GROUPS), questions=size.questions, seed=seed
+        )
+        right: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory(prefix="torchstone-episodes-") as folder:
+            engine = _trained(size, seed, Path(folder))
+            for ids_S in spec.sequences("test", np.arange(size.rules))[0]:
+                wanted_N = torch.tensor(ids_S[spec.demonstrations * (spec.features + 1) :: spec.features + 1])
+                wanted_N = torch.tensor(ids_S.reshape(-1, spec.features + 1)[spec.demonstrations :, -1])
+                wanted_N -= spec.features * spec.values
+                for arm, share_NL in _answered(size, engine, spec, ids_S.tolist()).items():
+                    right.setdefault(arm, []).append(float((share_NL.argmax(1) == wanted_N).double().mean()))
+        for arm, shares in right.items():
+            values.setdefault(arm, {})[seed] = float(np.mean(shares))
+    return Measured(values=values)
+
 
 PAPER = Paper(
     slug="structured-prompting",
