@@ -34,7 +34,9 @@ def additive(value_EF: np.ndarray, label_E: np.ndarray, values: int) -> bool:
     """Whether weights of values exist by which the label is 1 where their sum is positive, and 0 where it is not."""
     one_hot_EW = np.concatenate([np.eye(values)[column] for column in value_EF.T], axis=1)
     sign_E = 1 - 2 * label_E
-    found = linprog(np.zeros(one_hot_EW.shape[1]), sign_E[:, None] * one_hot_EW, -np.ones(len(sign_E)), bounds=(-1e4, 1e4))
+    found = linprog(
+        np.zeros(one_hot_EW.shape[1]), sign_E[:, None] * one_hot_EW, -np.ones(len(sign_E)), bounds=(-1e4, 1e4)
+    )
     return bool(found.status == 0)
 
 
