@@ -216,8 +216,8 @@ def _more_demonstrations(scale: Scale, first: int) -> Measured:
     for seed in range(first, first + size.seeds):
         spec = EpisodesSpec(**size.data, demonstrations=size.fit * max(_GROUPS), questions=size.questions, seed=seed)
         episodes_BS = spec.sequences("test", np.arange(size.rules))[0]
-        wanted_BQ = episodes_BS.reshape(size.rules, -1, spec.features + 1)[:, spec.demonstrations :, -1]
-        wanted_BQ = torch.from_numpy(wanted_BQ - spec.features * spec.values)
+        label_BE = episodes_BS.reshape(size.rules, -1, spec.features + 1)[..., -1] - spec.features * spec.values
+        wanted_BQ = torch.from_numpy(label_BE[:, spec.demonstrations :])
         right: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="torchstone-episodes-") as folder:
             engine = _trained(size, seed, Path(folder))

@@ -283,7 +283,7 @@ def _measured(size: _Size, arm: str, seed: int) -> dict[str, float]:
     recipe = load_recipe(_recipe(size, arm, seed))
     spec: Any = recipe.data
     with tempfile.TemporaryDirectory(prefix="torchstone-tim-") as folder:
-        model: Any = train(recipe, out=Path(folder) / "run", quiet=True).model(device=recipe.trainer.device)
+        model: Any = train(recipe, out=Path(folder) / "run", quiet=True).model()
     model.eval()
     loss, before = _losses(model, spec)
     found = {"loss": loss, "first source": before}
