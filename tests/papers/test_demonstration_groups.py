@@ -83,5 +83,11 @@ def test_arms_are_the_prompts_that_they_are_named_after(
     assert (answers["structured"] - answers["not weighed"]).abs().max() > 1e-4
 
 
-def test_every_gate_looks_at_an_arm_that_is_measured(answers: dict[str, torch.Tensor]) -> None:
-    assert all(isinstance(gate, Effect) and set(gate.needs) <= set(answers) for gate in paper.MORE.gates)
+@pytest.mark.slow
+def test_the_claim_runs_and_every_gate_has_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = paper._Size(steps=3, seeds=2, rules=2, questions=2, fit=4, batch=2)
+    monkeypatch.setitem(paper._SIZES, "quick", size)
+    assert paper.MORE.run is not None
+    values = paper.MORE.run("quick", 0).values
+    assert all(isinstance(gate, Effect) and set(gate.needs) <= set(values) for gate in paper.MORE.gates)
+    assert all(set(by_seed) == {0, 1} and 0 <= min(by_seed.values()) <= 1 for by_seed in values.values())

@@ -15,6 +15,7 @@ from torchstone.model.measure import measure
 from torchstone.model.site import initialise
 from torchstone.model.transformer import TransformerSpec
 from torchstone.papers import tim
+from torchstone.papers._claim import Effect
 from torchstone.recipe import load_recipe
 from torchstone.spec import validate
 
@@ -103,3 +104,17 @@ def test_winners_are_of_every_layer_of_mechanisms_and_of_every_pair_that_is_read
     layers, informs = tim._winners(arm("tim"), TwoSourcesSpec(length=20, examples=70), "test")
     assert sorted(layers) == [f"decoder.layers.{n}.competition" for n in (2, 3, 4)]
     assert all(won.shape == informs.shape == (70, 20) for won in layers.values())
+
+
+@pytest.mark.slow
+def test_the_claim_runs_and_every_gate_has_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = tim._Size(steps=3, seeds=2, control_seeds=1, examples=8, data={"length": 8})
+    monkeypatch.setitem(tim._SIZES, "quick", size)
+    assert tim.TWO_SOURCES.run is not None
+    values = tim.TWO_SOURCES.run("quick", 0).values
+    for gate in tim.TWO_SOURCES.gates:
+        assert isinstance(gate, Effect)
+        assert set(values[gate.arm]) == set(values[gate.against]) == {0, 1} and set(gate.needs) <= set(values)
+    assert set(values["diagonal"]) == set(values["without competition"]) == {0}
+    assert "without competition: bits" not in values and "plain: bits" not in values
+    assert all(math.isfinite(value) for by_seed in values.values() for value in by_seed.values())
