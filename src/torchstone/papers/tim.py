@@ -175,7 +175,7 @@ class _Size:
     steps: int
     seeds: int
     control_seeds: int
-    examples: int = 512
+    examples: int = 256
     precision: str = "fp32"
     data: Mapping[str, Any] = field(default_factory=dict)
 
