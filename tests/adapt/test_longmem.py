@@ -43,7 +43,7 @@ def pair(memory: dict[str, Any] | None = None, reduction: int = 2, **fields: Any
 
 
 def filled(model: Transformer, rows: int = 2, segments: int = 3) -> Any:
-    bank = model.decoder.bank(rows, dtype=torch.get_default_dtype())
+    bank = model.decoder.carry(rows, dtype=torch.get_default_dtype())
     for seed in range(segments):
         read(model, bank, torch.tensor(small.ids(*[12] * rows, seed=seed)))
     return bank

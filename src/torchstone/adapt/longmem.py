@@ -97,7 +97,7 @@ class LongMem:
         if size is None or size < stack.spec.memory.chunk:
             raise TorchstoneError(f"longmem: segment needs {stack.spec.memory.chunk} tokens or more, got {size}")
         self.engine, self.segment, self.stack = engine, size, stack
-        self.bank = stack.bank(1, dtype=engine.dtype, device=engine.device)
+        self.bank = stack.carry(1, dtype=engine.dtype, device=engine.device)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> LongMem:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -97,6 +98,10 @@ class Bank:
         for name in _NAMES:
             setattr(bank, name, tensors[name])
         return bank
+
+    def arguments(self) -> dict[str, Any]:
+        """Of a model's forward: see `torchstone.model.carry.Carry`."""
+        return {"bank": self}
 
     def reader(self, rows: Sequence[int]) -> Bank:
         """A bank whose row n is this one's row `rows[n]`: it reads the same memory and never changes it."""

@@ -58,7 +58,7 @@ def _identities(scale: Scale, first: int) -> Measured:
             gate_H = model.decoder.side[1].attention.gate_H
 
             def filled(model: Any = model, segments: torch.Tensor = segments) -> Bank:
-                bank = model.decoder.bank(2)
+                bank = model.decoder.carry(2)
                 with torch.no_grad():
                     for segment in segments[:4]:
                         model(segment, bank=bank, outputs="none")
@@ -132,7 +132,7 @@ def _sizes(scale: Scale, first: int) -> Measured:
     spec = LongMemAdaptSpec.model_validate({"memory": {"layer": 18}}).apply(validate(TransformerSpec, fields))
     with torch.device("meta"):
         model: Any = spec.build()
-        bank = model.decoder.bank(1, torch.float16, "meta")
+        bank = model.decoder.carry(1, torch.float16, "meta")
     matrices = sum(p.numel() for p in model.decoder.side.parameters() if p.dim() == 2)
     held = bank.k_RGNCK.numel() * bank.k_RGNCK.element_size() + bank.v_RGNCK.numel() * bank.v_RGNCK.element_size()
     return Measured(

@@ -24,6 +24,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.files import full_disk
 from torchstone.keys import Key
+from torchstone.model.carry import Carry, Carrying, carry_of
 from torchstone.model.site import parameter_name
 from torchstone.objectives import Batch, Objective
 from torchstone.recipe import EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
@@ -140,6 +141,8 @@ class Trainer:
             raise TorchstoneError("nothing to train: no parameter requires a gradient")
         self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
+        self.carries: dict[int, Carry] = {}
+        """What the model carries from step to step, by micro-batch; none where batches are no streams."""
         self._signal: int | None = None
         self._saved: int | None = None
         # sums are taken in float64 where the device has it
@@ -189,7 +192,7 @@ class Trainer:
             # modules that are not ours draw from torch's own generator: keyed too, so that resuming repeats it
             torch.manual_seed(key.fold("torch").value & (2**63 - 1))
             with autocast(self.device, self.spec):
-                result = self.objective(self.model, batch, key)
+                result = self.objective(self._carrying(self.carries, micro, batch), batch, key)
                 loss = torch.zeros((), device=self.device)
                 for name, term in result.terms.items():
                     share = term.weight * term.total / counts[term.over]
@@ -211,6 +214,19 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             self._explain(batches, step, f"loss {row['loss']}")
         return row
+
+    def _carrying(self, carries: dict[int, Carry], micro: int, batch: Batch) -> Any:
+        """The model, with what it carries for the rows of this batch, of which some begin anew."""
+        if "begins" not in batch:
+            return self.model
+        begins_B = batch["begins"].cpu()
+        if micro not in carries or bool(begins_B.all()):  # another number of rows begins anew
+            carry = carry_of(self.model, len(begins_B))
+            if carry is None:
+                return self.model
+            carries[micro] = carry
+        carries[micro].forget(begins_B.nonzero()[:, 0].tolist())
+        return Carrying(self.model, carries[micro])
 
     def _counts(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         each = [self.objective.counts(batch) for batch in batches]
@@ -235,6 +251,8 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.clip, norm)
         with autocast(self.device, self.spec):  # Muon's products are matrix work like the model's
             self.optim.step()
+        for carry in self.carries.values():
+            carry.commit()
         if self.ema is not None and self.spec.ema is not None:
             with torch.no_grad():
                 for p in self.named:
@@ -289,7 +307,7 @@ class Trainer:
         try:
             with torch.no_grad(), autocast(self.device, self.spec), suppress(Exception):
                 for micro, batch in enumerate(batches):
-                    self.objective(self.model, batch, self._key("dropout", step, micro))
+                    self.objective(self._carrying(self.carries, micro, batch), batch, self._key("dropout", step, micro))
                     if seen:
                         return seen[0]
         finally:
@@ -317,6 +335,7 @@ class Trainer:
         self._mode(training=False)
         sums: dict[str, torch.Tensor] = {}
         weights: dict[str, tuple[str, float]] = {}
+        carries: dict[int, Carry] = {}
 
         def add(name: str, value: torch.Tensor) -> None:
             sums[name] = sums.get(name, 0) + share * value.to(self.device, self._wide)
@@ -329,7 +348,10 @@ class Trainer:
                 share = float(number % self.mesh.ranks == self.mesh.rank)
                 batch = self.objective.prepare(self._move(batch), self.key.fold("evaluate", prefix, number))
                 with autocast(self.device, self.spec):
-                    result = self.objective.evaluate(self.model, batch, isinstance(split, ScoredSplit))
+                    model = self._carrying(carries, 0, batch)
+                    result = self.objective.evaluate(model, batch, isinstance(split, ScoredSplit))
+                for carry in carries.values():
+                    carry.commit()
                 for name, term in result.terms.items():
                     add(f"term {name}", term.total)
                     weights[name] = term.over, term.weight
@@ -393,6 +415,10 @@ class Trainer:
         objective = {name: value for name, value in self.objective.state_dict().items()}
         if objective:
             out["objective"] = objective
+        if self.carries:
+            out["carry"] = {
+                f"{micro}.{name}": value for micro, carry in self.carries.items() for name, value in carry.tensors().items()
+            }
         if self.ema is not None:
             own = {name: value for name, value in self.ema.items() if name.startswith("objective.")}
             out["ema"] = {**out["model"], **{name: value for name, value in self.ema.items() if name not in own}}
@@ -436,8 +462,20 @@ class Trainer:
                 if name not in averages or averages[name].shape != value.shape:
                     raise TorchstoneError(f"the checkpoint has no moving average of {name}")
                 value.copy_(averages[name])
+        self._restore_carries(checkpoint.tensors.get("carry", {}))
         self.step = self._saved = checkpoint.step
         self.best = checkpoint.facts.get("best") if checkpoint.facts.get("best") is not None else math.inf  # type: ignore[assignment]
+
+    def _restore_carries(self, saved: Mapping[str, torch.Tensor]) -> None:
+        self.carries = {}
+        for micro in sorted({int(name.partition(".")[0]) for name in saved}):
+            carry = carry_of(self.model, self.spec.batch)
+            own = {} if carry is None else carry.tensors()
+            if carry is None or {f"{micro}.{name}" for name in own} != {n for n in saved if n.startswith(f"{micro}.")}:
+                raise TorchstoneError("the checkpoint carries what this model does not")
+            for name, value in own.items():
+                value.copy_(saved[f"{micro}.{name}"])
+            self.carries[micro] = carry
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint and make its weights the run's.

@@ -15,6 +15,7 @@ from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 from torchstone.keys import Key
+from torchstone.model.carry import carry_of
 from torchstone.model.measure import Measures, measure
 from torchstone.model.site import parameter_name
 from torchstone.model.transformer import TransformerSpec
@@ -169,7 +170,7 @@ def _assemble(
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = recipe.trainer.recompute
     costs = measure(model, getattr(recipe.data, "block", 1))
-    _rehearse(model, objective, prepared.train, recipe, device)
+    _rehearse(model, objective, prepared.train, recipe, device, mesh)
     for line in (*lines, prepared.description):
         say(line)
     compiled = _compile(model, recipe, costs.flops_per_token, say)
@@ -280,7 +281,7 @@ def _objective(recipe: Recipe, facts: Facts) -> Objective:
         return recipe.objective.build(facts)
 
 
-def _rehearse(model: nn.Module, objective: Objective, split: Split, recipe: Recipe, device: torch.device) -> None:
+def _rehearse(model: nn.Module, objective: Objective, split: Split, recipe: Recipe, device: torch.device, mesh: Mesh) -> None:
     """A small forward, so that what does not go together is said before anything is written.
 
     Raises:
@@ -290,6 +291,10 @@ def _rehearse(model: nn.Module, objective: Objective, split: Split, recipe: Reci
     model.eval()
     objective.to(device).eval()
     batch = split.batch(Key(0), 0, min(2, recipe.trainer.batch))
+    if mesh.ranks > 1 and "begins" in batch and carry_of(model, 1) is not None:
+        raise TorchstoneError(
+            f"parallel.data: is {mesh.ranks}, and what a model carries from step to step is kept on one rank only"
+        )
     with torch.no_grad(), autocast(device, recipe.trainer):
         objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
     model.train()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchstone.model.attention import AttentionSpec
 from torchstone.model.block import Block, BlockSpec
+from torchstone.model.carry import Carry
 from torchstone.model.context import Aux, Context, Handoff, add_aux
 from torchstone.model.feedforward import FeedForwardSpec
 from torchstone.model.linear import LinearSpec
@@ -135,6 +136,10 @@ class Stack(nn.Module):
     def added(self, where_BT: torch.Tensor) -> torch.Tensor | None:
         """Position embeddings (B|1, T, E) to add to the embedding's vectors, if the position is of that kind."""
         return None if self.absolute is None else self.positions.modules_by_key()[self.absolute].embed(where_BT)
+
+    def carry(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Carry | None:
+        """What is carried from batch to batch for this many rows of streams, empty; None if nothing is."""
+        return None
 
     def state_spec(self) -> dict[str, tuple[Slot, ...]]:
         """Slots by path within the stack ("layers.3.attention")."""

@@ -127,7 +127,7 @@ class LongMemStack(Stack):
             side.append(own.block.build(own, replace(self.site(LayerPlan(own), site), layer=number), None))
         self.side = nn.ModuleList(side)
 
-    def bank(self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bank:
+    def carry(self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bank:
         """An empty memory of the sizes that this stack needs."""
         remembered: Any = self.layers[self.spec.layer(len(self.layers)) - 1].get_submodule("attention")
         memory = self.spec.memory
