@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +130,8 @@ def test_a_reader_sees_rows_of_the_same_memory_and_cannot_change_it() -> None:
 def test_memory_survives_a_file(tmp_path: Path) -> None:
     bank, _ = filled(16, 16, 12)
     save_tensors(tmp_path / "bank.safetensors", bank.tensors())
-    again = Bank.of(load_tensors(tmp_path / "bank.safetensors"))
+    again = Bank(2, G, K, tokens=40, dtype=torch.float64)
+    again.restore(load_tensors(tmp_path / "bank.safetensors"))
     q = torch.randn(2, H, 3, K, dtype=torch.float64)
     assert torch.equal(again.attend(q, 2, scale=1.0)[0], bank.attend(q, 2, scale=1.0)[0])
     k = torch.randn(2, G, 8, K, dtype=torch.float64)
@@ -136,6 +139,74 @@ def test_memory_survives_a_file(tmp_path: Path) -> None:
         each.hold(k, k, None)
         each.commit()
     assert torch.equal(again.k_RGNCK, bank.k_RGNCK)
+
+
+def test_a_bank_of_other_sizes_is_not_restored() -> None:
+    bank, _ = filled(16)
+    for other in (Bank(3, G, K, tokens=40, dtype=torch.float64), Bank(2, G, K, tokens=40)):
+        with pytest.raises(TorchstoneError, match="are no memory of this model and this number of rows"):
+            bank.restore(other.tensors())
+
+
+def same_search(index: Any, seed: int = 0) -> float:
+    """Share of the chunks of an exact search that another index finds, while a memory fills, forgets and is restored."""
+    drawn = torch.Generator().manual_seed(seed)
+    exact, other = (Bank(2, G, K, tokens=400, index=each) for each in ("exact", index))
+    kept, shares = exact.tensors(), []
+    for step, length in enumerate((40, 43, 200, 240, 8)):
+        k = torch.randn(2, G, length, K, generator=drawn)
+        for bank in (exact, other):
+            bank.hold(k, k, None)
+            bank.commit()
+            if step == 3:
+                bank.forget([1])
+        if step == 2:  # as after a file
+            kept = {name: x.clone() for name, x in exact.tensors().items()}
+        for b in range(2):
+            if exact.size(b):
+                q = torch.randn(H, 9, K, generator=drawn)
+                wanted, found = exact.search(b, q, 6), other.search(b, q, 6)
+                assert found.shape == wanted.shape and found.dtype == wanted.dtype
+                same = (wanted[..., :, None] == found[..., None, :]).sum((-1, -2))
+                assert all(len(set(row)) == len(row) for row in found.flatten(0, 1).tolist())
+                shares.append(float(same.sum() / wanted.numel()))
+    other.restore(kept)
+    exact.restore(kept)
+    q = torch.randn(H, 9, K, generator=drawn)
+    shares.append(float((exact.search(0, q, 6).sort(-1).values == other.search(0, q, 6).sort(-1).values).float().mean()))
+    return min(shares)
+
+
+def test_a_flat_index_of_faiss_finds_what_an_exact_search_finds() -> None:
+    pytest.importorskip("faiss")
+    assert same_search("flat") == 1.0
+
+
+def test_a_graph_of_faiss_finds_most_of_it() -> None:
+    pytest.importorskip("faiss")
+    assert same_search("hnsw") > 0.9
+
+
+def test_attention_and_gradients_through_faiss_are_those_of_an_exact_search() -> None:
+    pytest.importorskip("faiss")
+    found = []
+    for index in ("exact", "flat"):
+        bank = Bank(2, G, K, tokens=40, index=index)
+        k = torch.randn(2, G, 32, K, generator=torch.Generator().manual_seed(0))
+        bank.hold(k, -k, None)
+        bank.commit()
+        q = torch.randn(2, H, 5, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y, _ = bank.attend(q, 3, scale=0.4)
+        y.square().sum().backward()
+        found.append((y, q.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_missing_extra_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(TorchstoneError, match=r"needs the extra `memory`: pip install 'torchstone\[memory\]'"):
+        Bank(1, G, K, tokens=40, index="flat")
+    assert Bank(1, G, K, tokens=40).index == "exact"
 
 
 def test_misuse_is_refused_in_a_sentence() -> None:

@@ -110,15 +110,11 @@ class LongMem:
         run = RunFolder(path).require()
         lm = cls(Engine.of_run(run, **{"compile": "off", **options}))
         if (file := run.path / _FILE).is_file():
-            lm._take(load_tensors(file), file)
+            try:
+                lm.bank.restore(load_tensors(file))
+            except TorchstoneError as error:
+                raise TorchstoneError(f"{file}: {error}") from None
         return lm
-
-    def _take(self, tensors: dict[str, torch.Tensor], where: Path) -> None:
-        shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-        if shapes != {name: (x.shape, x.dtype) for name, x in self.bank.tensors().items()}:
-            raise TorchstoneError(f"{where}: is no memory of this model")
-        for name, x in self.bank.tensors().items():
-            x.copy_(tensors[name])
 
     def save(self, path: str | Path) -> None:
         """Write the memory into a run's directory, for `load`."""

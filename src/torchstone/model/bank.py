@@ -1,8 +1,8 @@
 """Bank: keys and values of tokens long past, which a layer looks up by content (LongMem, Wang et al. 2023, arXiv
 2306.07174, section 2.3).
 
-Tokens lie in chunks. A chunk's index is the mean of its keys; a query takes the chunks with the largest inner products,
-exactly, and attends to their tokens. Nothing in a bank depends on a parameter that trains, or is differentiated.
+Tokens lie in chunks. A chunk's index is the mean of its keys; a query takes the chunks with the largest inner products
+(all are compared, or FAISS looks for them) and attends to their tokens. Nothing in a bank depends on a parameter that trains, or is differentiated.
 
 Each row of a batch has a memory of its own. It is bounded: when it is full, a new chunk takes the oldest one's place.
 
@@ -13,14 +13,15 @@ chunks, K head dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from torchstone import ops
 from torchstone.errors import TorchstoneError
+from torchstone.model.index import build_index, require, search
 
 __all__ = ["Bank"]
 
@@ -38,9 +39,10 @@ class Bank:
         tokens: that a row holds at most, a multiple of `chunk`.
         chunk: tokens that are looked up together.
         dtype, device: of keys and values.
+        index: what finds the chunks: "exact", or an index of FAISS: "flat" finds the same, "hnsw" may miss some.
 
     Raises:
-        TorchstoneError: `tokens` is not a positive multiple of `chunk`.
+        TorchstoneError: `tokens` is not a positive multiple of `chunk`; FAISS is not installed.
     """
 
     def __init__(
@@ -53,7 +55,10 @@ class Bank:
         chunk: int = 4,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        index: Literal["exact", "flat", "hnsw"] = "exact",
     ) -> None:
+        if index != "exact":
+            require()
         if chunk < 1 or tokens < chunk or tokens % chunk:
             raise TorchstoneError(f"memory.tokens: needs a positive multiple of the chunk of {chunk}, got {tokens}")
         shape = (rows, heads, tokens // chunk, chunk, dim)
@@ -67,6 +72,9 @@ class Bank:
         self.reads_only = False
         self._pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._version = 0
+        self.index = index
+        self._indexes: dict[tuple[int, int], Any] = {}
+        """Of FAISS, by stored row and head, until the row changes. Readers share them."""
 
     @property
     def chunk(self) -> int:
@@ -90,14 +98,23 @@ class Bank:
         """What it holds, by name, for a file."""
         return {name: getattr(self, name) for name in _NAMES}
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Bank:
-        """The bank of these `tensors()`."""
-        R, G, N, C, K = tensors["k_RGNCK"].shape
-        bank = cls(R, G, K, tokens=N * C, chunk=C)
-        for name in _NAMES:
-            setattr(bank, name, tensors[name])
-        return bank
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Become the bank that gave these `tensors()`.
+
+        Raises:
+            TorchstoneError: that bank had other sizes or another type.
+        """
+        own = self.tensors()
+        if {name: (x.shape, x.dtype) for name, x in tensors.items()} != {n: (x.shape, x.dtype) for n, x in own.items()}:
+            raise TorchstoneError("bank: these tensors are no memory of this model and this number of rows")
+        for name, x in own.items():
+            x.copy_(tensors[name])
+        self._changed(range(len(self.written_R)))
+
+    def _changed(self, stored: Iterable[int]) -> None:
+        self._version += 1
+        for key in [key for key in self._indexes if key[0] in stored]:
+            del self._indexes[key]
 
     def arguments(self) -> dict[str, Any]:
         """Of a model's forward: see `torchstone.model.carry.Carry`."""
@@ -142,13 +159,13 @@ class Bank:
             mean_GNK = ops.at_least_float32(self.k_RGNCK[r, :, slots]).mean(2)
             self.mean_RGNK[r, :, slots] = mean_GNK.to(self.mean_RGNK.dtype)
             self.written_R[r] += length // self.chunk
-        self._version += 1
+        self._changed(set(self.row_B))
 
     def forget(self, rows: Sequence[int] | None = None) -> None:
         """Empty the memory of some rows of the batch, or of all: at the end of a document."""
         for b in range(len(self.row_B)) if rows is None else rows:
             self.written_R[self.row_B[b]] = 0
-        self._version += 1
+        self._changed(set(self.row_B))
 
     # -- reading
 
@@ -158,8 +175,19 @@ class Bank:
         (H, T, K), G = q_HTK.shape, self.mean_RGNK.shape[1]
         mean_GNK = ops.at_least_float32(self.mean_RGNK[self.row_B[b], :, : self.size(b)])
         q_GQK = ops.at_least_float32(q_HTK).reshape(G, H // G * T, K)
-        best_GQM = (q_GQK @ mean_GNK.transpose(1, 2)).topk(min(chunks, self.size(b)), -1).indices
+        count = min(chunks, self.size(b))
+        if self.index != "exact":
+            best_GQM = torch.stack([self._find(b, g, q_GQK[g], mean_GNK[g], count) for g in range(G)])
+        if self.index == "exact" or bool((best_GQM < 0).any()):
+            best_GQM = (q_GQK @ mean_GNK.transpose(1, 2)).topk(count, -1).indices
         return best_GQM.reshape(H, T, -1)
+
+    def _find(self, b: int, g: int, q_QK: torch.Tensor, mean_NK: torch.Tensor, count: int) -> torch.Tensor:
+        where = self.row_B[b], g
+        if where not in self._indexes:
+            assert self.index != "exact"
+            self._indexes[where] = build_index(self.index, mean_NK)
+        return search(self._indexes[where], q_QK, count)
 
     def attend(
         self, q_BHTK: torch.Tensor, chunks: int, *, scale: float, softcap: float | None = None

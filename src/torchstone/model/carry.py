@@ -32,7 +32,15 @@ class Carry(Protocol):
         ...
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """All of it, by name. To copy into them restores it."""
+        """All of it, by name."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Become what gave these `tensors()`.
+
+        Raises:
+            TorchstoneError: they are of another model, or of another number of rows.
+        """
         ...
 
 

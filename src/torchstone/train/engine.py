@@ -470,11 +470,10 @@ class Trainer:
         self.carries = {}
         for micro in sorted({int(name.partition(".")[0]) for name in saved}):
             carry = carry_of(self.model, self.spec.batch)
-            own = {} if carry is None else carry.tensors()
-            if carry is None or {f"{micro}.{name}" for name in own} != {n for n in saved if n.startswith(f"{micro}.")}:
-                raise TorchstoneError("the checkpoint carries what this model does not")
-            for name, value in own.items():
-                value.copy_(saved[f"{micro}.{name}"])
+            if carry is None:
+                raise TorchstoneError("the checkpoint holds what a model carried from step to step; this one does not")
+            lead = f"{micro}."
+            carry.restore({name[len(lead) :]: value for name, value in saved.items() if name.startswith(lead)})
             self.carries[micro] = carry
 
     def save(self, best: bool = False) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -49,6 +49,8 @@ class MemorySpec(Spec):
     """Tokens that are looked up together."""
     retrieve: int = Field(64, ge=1)
     """Tokens that a query of a head looks up, a multiple of `chunk`."""
+    index: Literal["exact", "flat", "hnsw"] = "exact"
+    """What finds chunks: a comparison with all, or an index of FAISS (extra `memory`): flat is exact too, hnsw is not."""
 
 
 class LongMemStackSpec(StackSpec):
@@ -128,11 +130,22 @@ class LongMemStack(Stack):
         self.side = nn.ModuleList(side)
 
     def carry(self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bank:
-        """An empty memory of the sizes that this stack needs."""
+        """An empty memory of the sizes that this stack needs.
+
+        Raises:
+            TorchstoneError: its index needs FAISS, which is not installed.
+        """
         remembered: Any = self.layers[self.spec.layer(len(self.layers)) - 1].get_submodule("attention")
         memory = self.spec.memory
         return Bank(
-            rows, remembered.G, remembered.K, tokens=memory.tokens, chunk=memory.chunk, dtype=dtype, device=device
+            rows,
+            remembered.G,
+            remembered.K,
+            tokens=memory.tokens,
+            chunk=memory.chunk,
+            dtype=dtype,
+            device=device,
+            index=memory.index,
         )
 
     def state_spec(self) -> dict[str, tuple[Slot, ...]]:
