@@ -119,7 +119,7 @@ def test_more_rows_than_segments_are_refused(streams: Callable[..., Any]) -> Non
         streams("documents").valid.batch(Key(0), 0, 9000)
 
 
-FACTS = {"segments": 8, "facts": 6, "nearest": 60, "farthest": 150, "letters": 2, "examples": 5}
+FACTS = {"segments": 8, "facts": 6, "asks": 2, "nearest": 60, "farthest": 150, "letters": 2, "examples": 5}
 
 
 def test_what_is_asked_for_was_stated_once_at_a_distance_that_is_allowed(streams: Callable[..., Any]) -> None:
@@ -130,15 +130,16 @@ def test_what_is_asked_for_was_stated_once_at_a_distance_that_is_allowed(streams
         ids = np.concatenate([batch["ids"][row].numpy() for batch in batches])
         after = np.concatenate([batch["next"][row].numpy() for batch in batches])
         asked = np.flatnonzero(np.concatenate([batch["asked"][row].numpy() for batch in batches]))
-        assert (after[:-1] == ids[1:]).all() and 0 < len(asked) <= 6
+        assert (after[:-1] == ids[1:]).all() and 6 < len(asked) <= 12
         names = set()
         for at in asked:  # ids[at] is "=", and the value comes next
             line = ids[at - 3 : at + 1].tolist()
             assert line[0] == 10 and line[3] == ord("=")
             where = [n for n in range(3, at) if ids[n - 3 : n + 1].tolist() == line]
-            assert len(where) == 1 and ids[where[0] + 1] == after[at] and 60 <= at - where[0] <= 150
+            assert 1 <= len(where) <= 2 and {ids[n + 1] for n in where} == {after[at]}
+            assert 60 <= at - where[-1] <= 150
             names.add(tuple(line[1:3]))
-        assert len(names) == len(asked)
+        assert 3 < len(names) <= 6
 
 
 def test_facts_are_the_same_for_every_order_of_calls_and_differ_between_splits(streams: Callable[..., Any]) -> None:
@@ -166,7 +167,7 @@ def test_accuracy_counts_the_values_that_are_asked_for(streams: Callable[..., An
     ("fields", "message"),
     [
         ({"tokenizer": "bpe"}, "lines are laid over bytes, not over tokens of bpe"),
-        ({"facts": 27, "letters": 1}, "facts: 27 need as many names, 1 letters give 26"),
+        ({"facts": 53, "letters": 1}, "facts: 53 need as many names, 1 letters give 52"),
         ({"farthest": 255}, "need 6 <= nearest <= farthest <= 250 in documents of 256 tokens, got 60 and 255"),
         ({"nearest": 151}, "got 151 and 150"),
         ({"segments": 4000, "farthest": 200}, "a document takes 128,000"),

@@ -1,20 +1,21 @@
-"""Facts far apart: lines ``name=value`` laid over text from a corpus, each stated once and asked for once, at a distance.
+"""Facts far apart: lines ``name=value`` laid over text from a corpus, stated once and asked for at a distance.
 
-A document is as many bytes of a split's text, from anywhere, as its segments hold. Over it lie pairs of equal lines of
-bytes, ``\\nkx=7\\n``: the first of a pair states what the second asks for, and every name is stated once. A row of a
-batch reads a document segment by segment and then another one, as of data `documents`; `accuracy` is of the values that
-are asked for. What two segments have between them can be known only to who carries it over.
+A document is as many bytes of a split's text, from anywhere, as its segments hold. Over it lie equal lines of bytes,
+``\\nk=7\\n``, for each fact: the first states what the others ask for. Each is at least as far from the one before it as
+`nearest` says, so that who sees less than that cannot know a value. A row of a batch reads a document segment by segment
+and then another one, as of data `documents`; `accuracy` is of the values that are asked for.
 
 Documents are pure functions of the fields, the split and their number. Train is endless; valid and test are `examples`
 fixed ones each, over text of those splits.
 
-B rows, T tokens of a segment, P places for lines, F facts.
+B rows, T tokens of a segment, P places for lines, F facts, L lines of all facts.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Facts", "FactsSpec"]
 
+_LETTERS = string.ascii_letters
 _FORMAT = 1
 """Goes up whenever the same fields would give other documents."""
 
@@ -51,12 +53,14 @@ class FactsSpec(TextDataSpec):
     """Segments of `block` tokens in a document."""
     facts: int = Field(32, ge=1, le=2**12)
     """Facts of a document, at most: as many as have room."""
+    asks: int = Field(1, ge=1, le=2**12)
+    """Times that a fact is asked for, at most."""
     letters: int = Field(2, ge=1, le=3)
-    """Letters of a name."""
+    """Letters of a name, small and capital ones."""
     values: int = Field(10, ge=2, le=10)
     """Different values: digits from 0."""
     nearest: int = Field(512, ge=1)
-    """Tokens between a value that is stated and the same one where it is asked for, at least."""
+    """Tokens from a line to the next one of the same fact, at least."""
     farthest: int = Field(3000, ge=1)
     """The same, at most."""
     forget: Literal["document", "segment"] = "document"
@@ -70,8 +74,9 @@ class FactsSpec(TextDataSpec):
     def _fits(self) -> FactsSpec:
         if self.tokenizer.kind != "bytes":
             raise ValueError(f"tokenizer: lines are laid over bytes, not over tokens of {self.tokenizer.kind}")
-        if self.facts > 26**self.letters:
-            raise ValueError(f"facts: {self.facts} need as many names, {self.letters} letters give {26**self.letters}")
+        if self.facts > len(_LETTERS) ** self.letters:
+            names = len(_LETTERS) ** self.letters
+            raise ValueError(f"facts: {self.facts} need as many names, {self.letters} letters give {names}")
         if not self.line <= self.nearest <= self.farthest <= self.length - self.line:
             raise ValueError(
                 f"nearest, farthest: need {self.line} <= nearest <= farthest <= {self.length - self.line} in documents "
@@ -183,33 +188,36 @@ class Facts(Blocks):
     def _write(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """A document: its ids, int64, and whether each is a value that is asked for, bool."""
         spec, places = self._spec, self._spec.length // self._spec.line
-        names = 26**spec.letters
+        names = len(_LETTERS) ** spec.letters
         key = Key(spec.seed).fold("facts", self.split)
-        words = _words(key, np.array([number]), 1 + names + places + 2 * spec.facts)[0]
-        where, name_words, place_words, pick_F, value_F = np.split(
-            words, np.cumsum([1, names, places, spec.facts])
-        )
+        sizes = [1, names, places, spec.facts, spec.facts * spec.asks]
+        words = _words(key, np.array([number]), sum(sizes))[0]
+        where, name_words, place_words, value_F, pick_L = np.split(words, np.cumsum(sizes[:-1]))
         start = int(below(where, self._text - spec.length)[0])
         ids, asked = self._stream[start : start + spec.length].astype(np.int64), np.zeros(spec.length, bool)
         name_F, value_F = choose(name_words[None], spec.facts)[0], below(value_F, spec.values)
-        for fact, (stated, asking) in enumerate(self._places(choose(place_words[None], places)[0], pick_F)):
-            letters = [ord("a") + int(name_F[fact]) // 26**at % 26 for at in range(spec.letters)]
-            line = [10, *letters, ord("="), ord("0") + int(value_F[fact]), 10]
-            for place in (stated, asking):
-                ids[place * spec.line : (place + 1) * spec.line] = line
-            asked[asking * spec.line + spec.letters + 2] = True
+        for fact, lines in enumerate(self._places(choose(place_words[None], places)[0], pick_L)):
+            letters = [_LETTERS[int(name_F[fact]) // len(_LETTERS) ** at % len(_LETTERS)] for at in range(spec.letters)]
+            for place in lines:
+                line = f"\n{''.join(letters)}={value_F[fact]}\n".encode()
+                ids[place * spec.line : (place + 1) * spec.line] = list(line)
+                asked[place * spec.line + spec.letters + 2] = place != lines[0]
         return ids, asked
 
-    def _places(self, order_P: np.ndarray, pick_F: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Places of statements, in a random order, each with one of those that are free at a distance that is allowed."""
-        free_P = np.ones(len(order_P), bool)
-        low, high = -(-self._spec.nearest // self._spec.line), self._spec.farthest // self._spec.line
-        left = list(pick_F)
-        for stated in order_P:
-            if not left:
-                return
-            there = stated + low + np.flatnonzero(free_P[stated + low : stated + high + 1])
-            if free_P[stated] and len(there):
-                asking = there[int(below(left.pop(0), len(there)))]
-                free_P[stated] = free_P[asking] = False
-                yield int(stated), int(asking)
+    def _places(self, order_P: np.ndarray, pick_L: np.ndarray) -> Iterator[list[int]]:
+        """Places of the lines of each fact: a free one, and from there on others at distances that are allowed."""
+        spec, free_P, picks = self._spec, np.ones(len(order_P), bool), pick_L.reshape(-1, self._spec.asks)
+        low, high, fact = -(-spec.nearest // spec.line), spec.farthest // spec.line, 0
+        for first in order_P:
+            lines = [int(first)] if free_P[first] else []
+            for word in picks[fact] if lines else ():
+                there = lines[-1] + low + np.flatnonzero(free_P[lines[-1] + low : lines[-1] + high + 1])
+                if not len(there):
+                    break
+                lines.append(int(there[below(word, len(there))]))
+            if len(lines) > 1:
+                free_P[lines] = False
+                yield lines
+                fact += 1
+                if fact == spec.facts:
+                    return
