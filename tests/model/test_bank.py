@@ -149,7 +149,7 @@ def test_a_bank_of_other_sizes_is_not_restored() -> None:
 
 
 def same_search(index: Any, seed: int = 0) -> float:
-    """Share of the chunks of an exact search that another index finds, while a memory fills, forgets and is restored."""
+    """Share of an exact search's chunks that another index finds, while a memory fills, forgets and is restored."""
     drawn = torch.Generator().manual_seed(seed)
     exact, other = (Bank(2, G, K, tokens=400, index=each) for each in ("exact", index))
     kept, shares = exact.tensors(), []
@@ -173,7 +173,9 @@ def same_search(index: Any, seed: int = 0) -> float:
     other.restore(kept)
     exact.restore(kept)
     q = torch.randn(H, 9, K, generator=drawn)
-    shares.append(float((exact.search(0, q, 6).sort(-1).values == other.search(0, q, 6).sort(-1).values).float().mean()))
+    shares.append(
+        float((exact.search(0, q, 6).sort(-1).values == other.search(0, q, 6).sort(-1).values).float().mean())
+    )
     return min(shares)
 
 

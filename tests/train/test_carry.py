@@ -127,7 +127,9 @@ def test_a_checkpoint_of_another_memory_is_refused(run: Run, streams: Recipe) ->
     kept = run("run", **sections, trainer=TRAINER).checkpoints().load()
     assert kept is not None
     wider = tiny.trainer(streams(trainer={**TRAINER, "batch": 3}))
-    with pytest.raises(TorchstoneError, match="bank: these tensors are no memory of this model and this number of rows"):
+    with pytest.raises(
+        TorchstoneError, match="bank: these tensors are no memory of this model and this number of rows"
+    ):
         wider.restore(kept)
 
 
@@ -206,7 +208,9 @@ class Counting:
 
 
 def test_a_model_from_outside_carries_by_the_same_protocol() -> None:
-    optimizer, schedule = (resolve(family, kind)() for family, kind in (("optimizer", "adamw"), ("schedule", "constant")))
+    optimizer, schedule = (
+        resolve(family, kind)() for family, kind in (("optimizer", "adamw"), ("schedule", "constant"))
+    )
     trainer = Trainer(Stranger(), Plain(), Source(Counting()), optimizer, schedule, TrainerSpec(steps=9, batch=2))
     for _ in range(5):
         trainer.train_step()

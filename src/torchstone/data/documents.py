@@ -37,10 +37,10 @@ class DocumentsDataSpec(TextDataSpec):
 
     def prepare(self, progress: Callable[[str], None] | None = None) -> Prepared:
         prepared = super().prepare(progress)
-        always = self.forget == "segment"
-        return replace(
-            prepared, **{name: Documents(getattr(prepared, name), always) for name in ("train", "valid", "test")}
+        train, valid, test = (
+            Documents(split, self.forget == "segment") for split in (prepared.train, prepared.valid, prepared.test)
         )
+        return replace(prepared, train=train, valid=valid, test=test)
 
 
 class Documents(Blocks):

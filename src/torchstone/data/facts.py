@@ -1,9 +1,9 @@
 """Facts far apart: lines ``name=value`` laid over text from a corpus, stated once and asked for at a distance.
 
 A document is as many bytes of a split's text, from anywhere, as its segments hold. Over it lie equal lines of bytes,
-``\\nk=7\\n``, for each fact: the first states what the others ask for. Each is at least as far from the one before it as
-`nearest` says, so that who sees less than that cannot know a value. A row of a batch reads a document segment by segment
-and then another one, as of data `documents`; `accuracy` is of the values that are asked for.
+``\\nk=7\\n``, for each fact: the first states what the others ask for. Each is at least as far from the one before it
+as `nearest` says, so that who sees less than that cannot know a value. A row of a batch reads a document segment by
+segment and then another one, as of data `documents`; `accuracy` is of the values that are asked for.
 
 Documents are pure functions of the fields, the split and their number. Train is endless; valid and test are `examples`
 fixed ones each, over text of those splits.
@@ -96,11 +96,13 @@ class FactsSpec(TextDataSpec):
 
     def prepare(self, progress: Callable[[str], None] | None = None) -> Prepared:
         prepared = super().prepare(progress)
-        splits = {name: Facts(self, getattr(prepared, name)) for name in ("train", "valid", "test")}
+        train, valid, test = (Facts(self, split) for split in (prepared.train, prepared.valid, prepared.test))
         body = {name: value for name, value in self.dump().items() if name not in ("corpus", "cache")}
         return replace(
             prepared,
-            **splits,
+            train=train,
+            valid=valid,
+            test=test,
             description=f"{prepared.description}; up to {self.facts} facts in documents of {self.length:,} tokens",
             hash=digest(_FORMAT, prepared.hash, json.dumps(body, sort_keys=True)),
         )

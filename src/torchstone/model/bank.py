@@ -2,7 +2,8 @@
 2306.07174, section 2.3).
 
 Tokens lie in chunks. A chunk's index is the mean of its keys; a query takes the chunks with the largest inner products
-(all are compared, or FAISS looks for them) and attends to their tokens. Nothing in a bank depends on a parameter that trains, or is differentiated.
+(all are compared, or FAISS looks for them) and attends to their tokens. Nothing in a bank depends on a parameter that
+trains, or is differentiated.
 
 Each row of a batch has a memory of its own. It is bounded: when it is full, a new chunk takes the oldest one's place.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +15,13 @@ from torchstone.adapt.longmem import LongMemAdaptSpec
 from torchstone.model.bank import Bank
 from torchstone.model.site import initialise
 from torchstone.model.transformer import TransformerSpec
-from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.recipe import load_recipe
 from torchstone.spec import validate
+from torchstone.train import train
+from torchstone.train.engine import Split, Trainer
+from torchstone.train.run import RunFolder
+from torchstone.train.training import make_trainer
 
 __all__ = ["PAPER"]
 
@@ -160,6 +168,189 @@ SIZES = Claim(
     run=_sizes,
 )
 
+# ------------------------------------------------------------------------------------------------------- behaviour
+
+
+class ShuffledBank(Bank):
+    """A bank whose rows look things up in the memory of the row beside them."""
+
+    def attend(
+        self, q_BHTK: torch.Tensor, chunks: int, *, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y_BHTK, has_B = super().attend(q_BHTK.roll(1, 0), chunks, scale=scale, softcap=softcap)
+        return y_BHTK.roll(-1, 0), has_B.roll(-1, 0)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a scale spends: a backbone trained on blocks of `near` tokens, adapted on segments of `block` tokens."""
+
+    near: int
+    block: int
+    backbone_steps: int
+    steps: int
+    seeds: int
+    control_seeds: int
+    documents: int
+    model: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+
+
+_SIZES = {
+    "quick": _Size(near=64, block=128, backbone_steps=60, steps=32, seeds=2, control_seeds=1, documents=2),
+    "evidence": _Size(near=64, block=128, backbone_steps=2000, steps=320, seeds=5, control_seeds=3, documents=16),
+    "gpu": _Size(
+        near=64,
+        block=128,
+        backbone_steps=20_000,
+        steps=4000,
+        seeds=5,
+        control_seeds=3,
+        documents=128,
+        model={"width": 512, "depth": 12, "attention": {"heads": 8}},
+        precision="bf16",
+    ),
+}
+_LENGTH, _SHIFT = 4096, 100_000
+"""Tokens of a document, and the distance of the null arm's seeds from the others'."""
+
+
+def _recipe(size: _Size, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    return {
+        "optimizer": {"kind": "muon", "lr": 0.02},
+        "schedule": {"kind": "cosine", "warmup": 20},
+        "trainer": {
+            "seed": seed,
+            "steps": steps,
+            "batch": batch,
+            "threads": 1,
+            "precision": size.precision,
+            "compile": "off",
+            "save_every": steps,
+        },
+        "evaluate": {"every": steps, "blocks": 1, "test": False},
+    }
+
+
+def _backbone(size: _Size, seed: int) -> dict[str, Any]:
+    """A byte model that reads facts stated and asked for within one block."""
+    model = {"width": 64, "depth": 4, "attention": {"heads": 4}, **size.model, "position": "alibi"}
+    data = {
+        "kind": "facts",
+        "corpus": "packages",
+        "block": size.near,
+        "segments": 1,
+        "facts": 4,
+        "asks": 2,
+        "letters": 1,
+        "nearest": 5,
+        "farthest": size.near - 13,
+        "examples": 1,
+    }
+    return {"model": model, "data": data, **_recipe(size, seed, size.backbone_steps, 16)}
+
+
+def _adapted(size: _Size, seed: int, run: Path, arm: str) -> dict[str, Any]:
+    """An arm: what is stated lies 512 to 3,000 tokens before what asks for it."""
+    block = 2 * size.block if arm == "tuned" else size.block
+    data = {
+        "kind": "facts",
+        "corpus": "packages",
+        "block": block,
+        "segments": _LENGTH // block,
+        "facts": 52,
+        "asks": 4,
+        "letters": 1,
+        "nearest": 512,
+        "farthest": 3000,
+        "forget": "segment" if arm == "no memory" else "document",
+        "examples": size.documents,
+    }
+    memory = {"tokens": 4096, "chunk": 4, "retrieve": 32, "layer": size.model.get("depth", 4)}
+    adapt = {"kind": "longmem", "memory": memory}
+    recipe = {"init_from": str(run), "data": data, **_recipe(size, seed, size.steps, 8 * size.block // block)}
+    return recipe if arm in ("frozen", "tuned") else {**recipe, "adapt": adapt}
+
+
+def _trainer(recipe: Mapping[str, Any]) -> Trainer:
+    return make_trainer(load_recipe(recipe, start=lambda run: RunFolder(run).start()))[0]
+
+
+def _measured(size: _Size, seed: int, run: Path, arm: str, plain: Split) -> tuple[float, float]:
+    """Accuracy on facts, and bits a byte of plain files, of one arm."""
+    trainer = _trainer(_adapted(size, seed, run, "memory" if arm in ("shuffled", "untrained") else arm))
+    model: Any = trainer.model
+    if arm == "shuffled":
+
+        def carry(rows: int) -> Bank:
+            R, G, N, C, K = model.decoder.carry(rows).k_RGNCK.shape
+            return ShuffledBank(R, G, K, tokens=N * C, chunk=C, device=trainer.device)
+
+        model.carry = carry
+    if arm not in ("frozen", "untrained"):
+        trainer.fit()
+    assert trainer.source.test is not None
+    row = trainer.measure_split(trainer.source.test, "test")
+    files = trainer.measure_split(plain, "plain", size.documents * _LENGTH // size.block)
+    return row["test_accuracy"], files["plain_bits_per_byte"]
+
+
+def _far(scale: Scale, first: int) -> Measured:
+    size, values = _SIZES[scale], dict[str, dict[int, float]]()
+    files = {"kind": "documents", "corpus": "packages", "tokenizer": "bytes", "block": size.block}
+    plain = load_recipe({"data": files}).data.prepare().test
+    for seed in range(first, first + size.seeds):
+        arms = {"memory": 0, "no memory": 0, "frozen": 0, "tuned": 0}
+        if seed < first + size.control_seeds:
+            arms |= {"shuffled": 0, "untrained": 0, "no memory again": _SHIFT}
+        with tempfile.TemporaryDirectory(prefix="torchstone-longmem-") as folder:
+            run = train(_backbone(size, seed), out=Path(folder) / "run", quiet=True).path
+            for arm, shift in arms.items():
+                accuracy, bits = _measured(size, seed + shift, run, arm.removesuffix(" again"), plain)
+                values.setdefault(arm, {})[seed] = accuracy
+                values.setdefault(f"{arm}: bits", {})[seed] = bits
+    return Measured(values=values)
+
+
+_far.builds = (  # type: ignore[attr-defined]
+    *_BUILDS,
+    "torchstone.model.attention._joint",
+    "torchstone.model.carry",
+    "torchstone.data.facts",
+    "torchstone.data.documents",
+    "torchstone.train.engine",
+)
+
+FAR = Claim(
+    id="facts-far-apart",
+    kind="behaviour",
+    text="A byte model that is adapted with a memory of 4,096 tokens names at least 20 of 100 values more that were "
+    "stated 512 to 3,000 bytes before, in segments of 128, than one whose side network was trained equally without a "
+    "memory, and spends at most 0.02 bits a byte more than that on plain files. The frozen backbone, and the backbone "
+    "tuned with segments of 256, are measured beside it and no part of the claim.",
+    figure="a memory of 65k tokens behind a window of 1k; ChapterBreak suffix identification 40.5 %, above models that "
+    "read longer inputs",
+    gates=(
+        Effect(
+            "a memory knows what was stated far before",
+            "memory",
+            "no memory",
+            margin=0.20,  # the smallest gain for which anybody would carry a memory along
+            null="no memory again",
+            sabotage="shuffled",
+            lower_is_better=False,
+        ),
+        Effect(
+            "a memory does no harm on plain files",
+            "memory: bits",
+            "no memory: bits",
+            margin=-0.02,  # 1 % of some 2 bits a byte
+            sabotage="untrained: bits",
+        ),
+    ),
+    run=_far,
+)
+
 PAPER = Paper(
     slug="longmem",
     title="Augmenting Language Models with Long-Term Memory",
@@ -170,5 +361,5 @@ PAPER = Paper(
     parts=("adapt.longmem", "stack.longmem"),
     summary="How a trained model gets a memory that does not age: it stays frozen and fills a bank with keys and "
     "values, and a small network beside it learns to look them up.",
-    claims=(IDENTITIES, SIZES),
+    claims=(IDENTITIES, SIZES, FAR),
 )

@@ -417,7 +417,9 @@ class Trainer:
             out["objective"] = objective
         if self.carries:
             out["carry"] = {
-                f"{micro}.{name}": value for micro, carry in self.carries.items() for name, value in carry.tensors().items()
+                f"{micro}.{name}": value
+                for micro, carry in self.carries.items()
+                for name, value in carry.tensors().items()
             }
         if self.ema is not None:
             own = {name: value for name, value in self.ema.items() if name.startswith("objective.")}

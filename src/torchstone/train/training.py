@@ -281,7 +281,9 @@ def _objective(recipe: Recipe, facts: Facts) -> Objective:
         return recipe.objective.build(facts)
 
 
-def _rehearse(model: nn.Module, objective: Objective, split: Split, recipe: Recipe, device: torch.device, mesh: Mesh) -> None:
+def _rehearse(
+    model: nn.Module, objective: Objective, split: Split, recipe: Recipe, device: torch.device, mesh: Mesh
+) -> None:
     """A small forward, so that what does not go together is said before anything is written.
 
     Raises:

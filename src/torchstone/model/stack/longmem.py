@@ -50,7 +50,7 @@ class MemorySpec(Spec):
     retrieve: int = Field(64, ge=1)
     """Tokens that a query of a head looks up, a multiple of `chunk`."""
     index: Literal["exact", "flat", "hnsw"] = "exact"
-    """What finds chunks: a comparison with all, or an index of FAISS (extra `memory`): flat is exact too, hnsw is not."""
+    """What finds chunks: a comparison with all, or FAISS (extra `memory`), whose hnsw is not exact."""
 
 
 class LongMemStackSpec(StackSpec):
