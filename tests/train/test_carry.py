@@ -35,7 +35,7 @@ def streams(tmp_path: Path, recipe: Recipe) -> Recipe:
     """A tiny recipe over documents in order, whose model remembers; segments are of 16 bytes, documents of 150."""
     folder = tmp_path / "documents"
     folder.mkdir()
-    for number in range(40):
+    for number in range(20):
         tiny.text(folder / f"{number:02}.txt", seed=number, lines=5)
     data = {"kind": "documents", "corpus": {"kind": "text", "path": str(folder)}}
     return lambda **sections: recipe(**{"model": MODEL, "data": data, **sections})
@@ -76,11 +76,11 @@ def test_measuring_carries_too_and_leaves_what_training_carries_alone(streams: R
     for _ in range(5):
         trainer.train_step()
     before = {name: value.clone() for name, value in trainer.tensors()["carry"].items()}
-    row = trainer.measure_split(trainer.source.train, "valid")
+    row = trainer.measure_split(trainer.source.train, "valid", 60)
     after = trainer.tensors()["carry"]
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
     trainer.model.eval()
-    batches = list(trainer.source.train.evaluation(2))
+    batches = list(trainer.source.train.evaluation(2, 60))
     count = torch.tensor([float((batch["next"] >= 0).sum()) for batch in batches])
     each = by_hand(trainer, batches, trainer.model.carry(2), train=False)  # type: ignore[operator]
     there = count > 0
