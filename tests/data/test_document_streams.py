@@ -176,3 +176,16 @@ def test_accuracy_counts_the_values_that_are_asked_for(streams: Callable[..., An
 def test_facts_that_have_no_room_are_refused(streams: Callable[..., Any], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TorchstoneError, match=message):
         streams("facts", **{**FACTS, **fields})
+
+
+@pytest.mark.parametrize("sign", ["", " = "])
+def test_a_name_and_its_value_may_have_another_sign_between_them(streams: Callable[..., Any], sign: str) -> None:
+    train = streams("facts", **{**FACTS, "sign": sign}).train
+    batches = [train.batch(Key(3), step, 1) for step in range(8)]
+    ids, asked = (torch.cat([batch[name][0] for batch in batches]) for name in ("ids", "asked"))
+    for at in (asked.nonzero()[:, 0] + 1).tolist():  # of values
+        name, between, rest = (
+            bytes(ids[at - n : at - m].tolist()) for n, m in ((len(sign) + 2, len(sign)), (len(sign), 0), (0, -2))
+        )
+        assert name.isalpha() and between == sign.encode() and rest[:1].isdigit() and rest[1:] == b"\n"
+    assert asked.any()

@@ -57,6 +57,8 @@ class FactsSpec(TextDataSpec):
     """Times that a fact is asked for, at most."""
     letters: int = Field(2, ge=1, le=3)
     """Letters of a name, small and capital ones."""
+    sign: str = Field("=", max_length=8, pattern=r"^[!-~ ]*$")
+    """What stands between a name and its value, if anything does."""
     values: int = Field(10, ge=2, le=10)
     """Different values: digits from 0."""
     nearest: int = Field(512, ge=1)
@@ -87,7 +89,7 @@ class FactsSpec(TextDataSpec):
     @property
     def line(self) -> int:
         """Tokens of a line, with the ends of lines around it."""
-        return self.letters + 4
+        return self.letters + len(self.sign) + 3
 
     @property
     def length(self) -> int:
@@ -201,9 +203,9 @@ class Facts(Blocks):
         for fact, lines in enumerate(self._places(choose(place_words[None], places)[0], pick_L)):
             letters = [_LETTERS[int(name_F[fact]) // len(_LETTERS) ** at % len(_LETTERS)] for at in range(spec.letters)]
             for place in lines:
-                line = f"\n{''.join(letters)}={value_F[fact]}\n".encode()
+                line = f"\n{''.join(letters)}{spec.sign}{value_F[fact]}\n".encode()
                 ids[place * spec.line : (place + 1) * spec.line] = list(line)
-                asked[place * spec.line + spec.letters + 2] = place != lines[0]
+                asked[(place + 1) * spec.line - 2] = place != lines[0]
         return ids, asked
 
     def _places(self, order_P: np.ndarray, pick_L: np.ndarray) -> Iterator[list[int]]:
