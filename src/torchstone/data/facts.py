@@ -56,7 +56,9 @@ class FactsSpec(TextDataSpec):
     asks: int = Field(1, ge=1, le=2**12)
     """Times that a fact is asked for, at most."""
     letters: int = Field(2, ge=1, le=3)
-    """Letters of a name, small and capital ones."""
+    """Letters of a name."""
+    alphabet: int = Field(52, ge=2, le=52)
+    """Different letters of names, from a to z and from A to Z."""
     sign: str = Field("=", max_length=8, pattern=r"^[!-~ ]*$")
     """What stands between a name and its value, if anything does."""
     values: int = Field(10, ge=2, le=10)
@@ -76,8 +78,8 @@ class FactsSpec(TextDataSpec):
     def _fits(self) -> FactsSpec:
         if self.tokenizer.kind != "bytes":
             raise ValueError(f"tokenizer: lines are laid over bytes, not over tokens of {self.tokenizer.kind}")
-        if self.facts > len(_LETTERS) ** self.letters:
-            names = len(_LETTERS) ** self.letters
+        if self.facts > self.alphabet**self.letters:
+            names = self.alphabet**self.letters
             raise ValueError(f"facts: {self.facts} need as many names, {self.letters} letters give {names}")
         if not self.line <= self.nearest <= self.farthest <= self.length - self.line:
             raise ValueError(
@@ -192,7 +194,7 @@ class Facts(Blocks):
     def _write(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """A document: its ids, int64, and whether each is a value that is asked for, bool."""
         spec, places = self._spec, self._spec.length // self._spec.line
-        names = len(_LETTERS) ** spec.letters
+        names = spec.alphabet**spec.letters
         key = Key(spec.seed).fold("facts", self.split)
         sizes = [1, names, places, spec.facts, spec.facts * spec.asks]
         words = _words(key, np.array([number]), sum(sizes))[0]
@@ -201,7 +203,7 @@ class Facts(Blocks):
         ids, asked = self._stream[start : start + spec.length].astype(np.int64), np.zeros(spec.length, bool)
         name_F, value_F = choose(name_words[None], spec.facts)[0], below(value_F, spec.values)
         for fact, lines in enumerate(self._places(choose(place_words[None], places)[0], pick_L)):
-            letters = [_LETTERS[int(name_F[fact]) // len(_LETTERS) ** at % len(_LETTERS)] for at in range(spec.letters)]
+            letters = [_LETTERS[int(name_F[fact]) // spec.alphabet**at % spec.alphabet] for at in range(spec.letters)]
             for place in lines:
                 line = f"\n{''.join(letters)}{spec.sign}{value_F[fact]}\n".encode()
                 ids[place * spec.line : (place + 1) * spec.line] = list(line)

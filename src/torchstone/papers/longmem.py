@@ -217,7 +217,7 @@ _LENGTH, _SHIFT = 4096, 100_000
 
 def _recipe(size: _Size, seed: int, steps: int, batch: int) -> dict[str, Any]:
     return {
-        "optimizer": {"kind": "muon", "lr": 0.02},
+        "optimizer": {"kind": "muon", "lr": 0.01},
         "schedule": {"kind": "cosine", "warmup": 20},
         "trainer": {
             "seed": seed,
@@ -234,7 +234,7 @@ def _recipe(size: _Size, seed: int, steps: int, batch: int) -> dict[str, Any]:
 
 def _backbone(size: _Size, seed: int) -> dict[str, Any]:
     """A byte model that reads facts stated and asked for within one block."""
-    model = {"width": 64, "depth": 4, "attention": {"heads": 4}, **size.model, "position": "alibi"}
+    model = {"width": 64, "depth": 4, "attention": {"heads": 4}, **size.model, "position": "rotary"}
     data = {
         "kind": "facts",
         "corpus": "packages",
@@ -243,6 +243,7 @@ def _backbone(size: _Size, seed: int) -> dict[str, Any]:
         "facts": 4,
         "asks": 2,
         "letters": 1,
+        "alphabet": 16,
         "nearest": 5,
         "farthest": size.near - 13,
         "examples": 1,
@@ -258,9 +259,10 @@ def _adapted(size: _Size, seed: int, run: Path, arm: str) -> dict[str, Any]:
         "corpus": "packages",
         "block": block,
         "segments": _LENGTH // block,
-        "facts": 52,
+        "facts": 16,
         "asks": 4,
         "letters": 1,
+        "alphabet": 16,
         "nearest": 512,
         "farthest": 3000,
         "forget": "segment" if arm == "no memory" else "document",
