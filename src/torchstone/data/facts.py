@@ -67,6 +67,8 @@ class FactsSpec(TextDataSpec):
     """Tokens from a line to the next one of the same fact, at least."""
     farthest: int = Field(3000, ge=1)
     """The same, at most."""
+    targets: Literal["all", "asked"] = "all"
+    """What is trained on: every token, or only values that are asked for."""
     forget: Literal["document", "segment"] = "document"
     """Where a row forgets what it carries: at the end of a document, or after every segment, so that nothing is."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -186,6 +188,8 @@ class Facts(Blocks):
         for row, (ids, asked) in enumerate(whole):
             targets = ids[a + 1 : b + 1]
             next_BT[row, : len(targets)], asked_BT[row, : len(targets)] = targets, asked[a + 1 : b + 1]
+        if self._spec.targets == "asked":
+            next_BT[~asked_BT] = IGNORE
         begins_B = np.full(len(whole), segment == 0 or self._spec.forget == "segment")
         example_B = number_B * self._spec.segments + segment
         rows = {"ids": ids_BT, "next": next_BT, "asked": asked_BT, "begins": begins_B, "example": example_B}

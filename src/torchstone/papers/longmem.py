@@ -198,7 +198,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(near=64, block=128, backbone_steps=60, steps=32, seeds=2, control_seeds=1, documents=2),
-    "evidence": _Size(near=64, block=128, backbone_steps=2000, steps=320, seeds=5, control_seeds=3, documents=16),
+    "evidence": _Size(near=64, block=128, backbone_steps=8000, steps=256, seeds=5, control_seeds=3, documents=16),
     "gpu": _Size(
         near=64,
         block=128,
@@ -217,7 +217,7 @@ _LENGTH, _SHIFT = 4096, 100_000
 
 def _recipe(size: _Size, seed: int, steps: int, batch: int) -> dict[str, Any]:
     return {
-        "optimizer": {"kind": "muon", "lr": 0.01},
+        "optimizer": {"kind": "muon", "lr": 0.02},
         "schedule": {"kind": "cosine", "warmup": 20},
         "trainer": {
             "seed": seed,
@@ -234,7 +234,7 @@ def _recipe(size: _Size, seed: int, steps: int, batch: int) -> dict[str, Any]:
 
 def _backbone(size: _Size, seed: int) -> dict[str, Any]:
     """A byte model that reads facts stated and asked for within one block."""
-    model = {"width": 64, "depth": 4, "attention": {"heads": 4}, **size.model, "position": "rotary"}
+    model = {"width": 64, "depth": 4, "attention": {"heads": 4}, **size.model, "position": "alibi"}
     data = {
         "kind": "facts",
         "corpus": "packages",
@@ -301,12 +301,13 @@ def _far(scale: Scale, first: int) -> Measured:
     size, values = _SIZES[scale], dict[str, dict[int, float]]()
     files = {"kind": "documents", "corpus": "packages", "tokenizer": "bytes", "block": size.block}
     plain = load_recipe({"data": files}).data.prepare().test
-    for seed in range(first, first + size.seeds):
-        arms = {"memory": 0, "no memory": 0, "frozen": 0, "tuned": 0}
-        if seed < first + size.control_seeds:
-            arms |= {"shuffled": 0, "untrained": 0, "no memory again": _SHIFT}
-        with tempfile.TemporaryDirectory(prefix="torchstone-longmem-") as folder:
-            run = train(_backbone(size, seed), out=Path(folder) / "run", quiet=True).path
+    with tempfile.TemporaryDirectory(prefix="torchstone-longmem-") as folder:
+        # one backbone, as in the paper: to train one until it knows what a name's value is takes most of the time
+        run = train(_backbone(size, first), out=Path(folder) / "run", quiet=True).path
+        for seed in range(first, first + size.seeds):
+            arms = {"memory": 0, "no memory": 0, "frozen": 0, "tuned": 0}
+            if seed < first + size.control_seeds:
+                arms |= {"shuffled": 0, "untrained": 0, "no memory again": _SHIFT}
             for arm, shift in arms.items():
                 accuracy, bits = _measured(size, seed + shift, run, arm.removesuffix(" again"), plain)
                 values.setdefault(arm, {})[seed] = accuracy
@@ -328,7 +329,8 @@ FAR = Claim(
     kind="behaviour",
     text="A byte model that is adapted with a memory of 4,096 tokens names at least 20 of 100 values more that were "
     "stated 512 to 3,000 bytes before, in segments of 128, than one whose side network was trained equally without a "
-    "memory, and spends at most 0.02 bits a byte more than that on plain files. The frozen backbone, and the backbone "
+    "memory, and spends at most 0.02 bits a byte more than that on plain files. One backbone serves "
+    "all seeds, which differ in the order of what it is adapted on. The frozen backbone, and the backbone "
     "tuned with segments of 256, are measured beside it and no part of the claim.",
     figure="a memory of 65k tokens behind a window of 1k; ChapterBreak suffix identification 40.5 %, above models that "
     "read longer inputs",
