@@ -305,7 +305,9 @@ def _far(scale: Scale, first: int) -> Measured:
         # one backbone, as in the paper: to train one until it knows what a name's value is takes most of the time
         run = train(_backbone(size, first), out=Path(folder) / "run", quiet=True).path
         for seed in range(first, first + size.seeds):
-            arms = {"memory": 0, "no memory": 0, "frozen": 0, "tuned": 0}
+            arms = {"memory": 0, "no memory": 0, "tuned": 0}
+            if seed == first:
+                arms |= {"frozen": 0}
             if seed < first + size.control_seeds:
                 arms |= {"shuffled": 0, "untrained": 0, "no memory again": _SHIFT}
             for arm, shift in arms.items():
