@@ -16,6 +16,7 @@ import tiny
 from tiny import assert_same_run, cut_after
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
+from torchstone.model.carry import carry_of
 from torchstone.objectives import Batch, Objective, Result, Term, tokens_of
 from torchstone.recipe import TrainerSpec
 from torchstone.spec import resolve
@@ -65,7 +66,7 @@ def test_training_is_that_of_a_loop_by_hand(streams: Recipe) -> None:
     batches = [trainer.source.train.batch(Key(0).fold("data"), step, 2) for step in range(steps)]
     assert 0 < sum(int(batch["begins"].sum()) for batch in batches[1:]) < steps
     found = [trainer.train_step()["loss"] for _ in range(steps)]
-    wanted = by_hand(other, batches, other.model.carry(2), train=True)  # type: ignore[operator]
+    wanted = by_hand(other, batches, carry_of(other.model, 2), train=True)
     assert found == pytest.approx(wanted, rel=1e-5)
     forgetful = tiny.trainer(streams(trainer=TRAINER, data={**streams()["data"], "forget": "segment"}))
     assert [forgetful.train_step()["loss"] for _ in range(steps)] != pytest.approx(found, rel=1e-5)
@@ -82,7 +83,7 @@ def test_measuring_carries_too_and_leaves_what_training_carries_alone(streams: R
     trainer.model.eval()
     batches = list(trainer.source.train.evaluation(2, 60))
     count = torch.tensor([float((batch["next"] >= 0).sum()) for batch in batches])
-    each = by_hand(trainer, batches, trainer.model.carry(2), train=False)  # type: ignore[operator]
+    each = by_hand(trainer, batches, carry_of(trainer.model, 2), train=False)
     there = count > 0
     assert row["valid_loss"] == pytest.approx(
         float((torch.tensor(each)[there] * count[there]).sum() / count.sum()), rel=1e-5

@@ -1,8 +1,8 @@
 """Carry: what a model takes from one batch into the next, where rows of batches are streams.
 
-A model says what it carries by a method ``carry(rows)`` that gives a `Carry`, or None. The trainer gives the carry to
-every forward, forgets what the column ``begins`` of a batch tells it to, and commits after the optimiser's move. Its
-tensors lie in checkpoints.
+A model says what it carries by a method ``carry(rows)`` that gives a `Carry`, or None; a stack of the backbone by
+``carry(rows, dtype, device)``. The trainer gives the carry to every forward, forgets what the column ``begins`` of a
+batch tells it to, and commits after the optimiser's move. Its tensors lie in checkpoints.
 """
 
 from __future__ import annotations
@@ -45,9 +45,14 @@ class Carry(Protocol):
 
 
 def carry_of(model: nn.Module, rows: int) -> Carry | None:
-    """What a model carries for this many rows, empty; None if it carries nothing."""
-    make = getattr(model, "carry", None)
-    return None if make is None else make(rows)
+    """What a model carries for this many rows, empty; None if it carries nothing. A backbone carries what its stack
+    does, where its parameters lie."""
+    if make := getattr(model, "carry", None):
+        return make(rows)
+    if make := getattr(getattr(model, "main", None), "carry", None):
+        weight = next(model.parameters())
+        return make(rows, weight.dtype, weight.device)
+    return None
 
 
 class Carrying:

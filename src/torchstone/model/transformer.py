@@ -19,7 +19,6 @@ from torch import nn
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.model.bank import Bank
-from torchstone.model.carry import Carry
 from torchstone.model.context import Aux, Context, Memory, add_aux
 from torchstone.model.embedding import EmbeddingSpec
 from torchstone.model.head import HeadSpec, VocabularyHead
@@ -249,11 +248,6 @@ class Transformer(nn.Module):
                         f"offset: attention {layer.attention.kind} of layer {number} adds no offsets to the scores of "
                         "its keys"
                     )
-
-    def carry(self, rows: int) -> Carry | None:
-        """What is carried from batch to batch for this many rows of streams, empty; None if nothing is."""
-        weight = next(self.parameters())
-        return self.main.carry(rows, weight.dtype, weight.device)
 
     # -- decode state
 
