@@ -57,6 +57,7 @@ class Site:
         positions: the stack's registry of position modules; None when a part is used alone.
         table_width: width of the embedding's vectors; None for that of the stream.
         group: which of several parts side by side this is; each has score biases of its own.
+        vocabulary: number of token ids; None where there are none, and for a part used alone.
     """
 
     width: int
@@ -74,6 +75,7 @@ class Site:
     positions: _Positions | None = None
     table_width: int | None = None
     group: int = 0
+    vocabulary: int | None = None
 
     @property
     def init(self) -> Initialise:
@@ -87,6 +89,12 @@ class Site:
         outs = (out,) if isinstance(out, int) else out
         names = (roles,) if isinstance(roles, str) else roles
         return self.linear_spec.build(d_in, outs, names, bias, self.init)
+
+    def bank(self, count: int, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...]) -> nn.Module:
+        """`count` projections side by side, of the model's kind, for rows that are grouped by which they take."""
+        outs = (out,) if isinstance(out, int) else out
+        names = (roles,) if isinstance(roles, str) else roles
+        return self.linear_spec.bank(count, d_in, outs, names, self.init)
 
     def norm(self, width: int | None = None, before_linear: bool = False) -> nn.Module:
         """A norm of the model's kind; nothing where the linear that follows owns one."""
@@ -113,7 +121,7 @@ def parameter_name(name: str) -> str:
 
 
 def initialise(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
-    """Give every parameter its first value from a generator keyed by (seed, parameter name).
+    """Give every parameter, and every buffer that is saved, its first value from a generator keyed by (seed, name).
 
     Two models that differ in one part therefore agree bit for bit in every other parameter, on any device. A module
     that has parameters of its own says how with ``initialise(name, parameter, generator)``.
@@ -122,7 +130,11 @@ def initialise(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
         TypeError: a module has parameters and no `initialise`.
     """
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        tensors = list(module.named_parameters(recurse=False))
+        if hasattr(module, "initialise"):
+            passing = module._non_persistent_buffers_set
+            tensors += [pair for pair in module.named_buffers(recurse=False) if pair[0] not in passing]
+        for name, parameter in tensors:
             full = parameter_name(".".join(part for part in (prefix, path, name) if part))
             if not hasattr(module, "initialise"):
                 raise TypeError(f"{type(module).__name__} has the parameter {full} and no initialise()")

@@ -140,6 +140,11 @@ class Trainer:
             raise TorchstoneError("nothing to train: no parameter requires a gradient")
         self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
+        modules = [(parameter_name(path), module) for path, module in self.model.named_modules()]
+        self._before = [module for _, module in modules if hasattr(module, "before_step")]
+        self._after = [(path, module) for path, module in modules if hasattr(module, "after_step")]
+        self._sums: dict[str, torch.Tensor] = {}
+        """What layers summed for themselves over the last step, by "path:name"."""
         self._signal: int | None = None
         self._saved: int | None = None
         # sums are taken in float64 where the device has it
@@ -199,13 +204,17 @@ class Trainer:
             for name, (total, count) in result.metrics.items():
                 old = metrics.get(name, (0, 0))
                 metrics[name] = (old[0] + total.detach(), old[1] + count)
-        self.mesh.sum_gradients(p.value for p in self.named)
+        # what a module has frozen since has no gradient on any rank, and its optimiser state must not move it
+        self.mesh.sum_gradients(p.value for p in self.named if p.value.requires_grad)
         values = self.mesh.sum(torch.stack([total.to(self._wide) for total in totals.values()]))
         row = dict(zip(totals, values.tolist(), strict=True))
         row["loss"] = sum(row.values()) if len(row) > 1 or "loss" not in row else row["loss"]
         for name, (total, count) in metrics.items():
             sums = total.to(self._wide).flatten(), count.to(self._wide).flatten().expand(total.numel())
             both = self.mesh.sum(torch.stack(sums))
+            if ":" in name:
+                self._sums[name] = both[0]
+                continue
             mean = both[0] / both[1].clamp(min=1)
             row[name] = mean.item() if mean.numel() == 1 else mean.tolist()
         if not math.isfinite(row["loss"]):
@@ -224,6 +233,8 @@ class Trainer:
         self.optim.zero_grad(set_to_none=True)
         factor = self.schedule.factor(self.step, self.spec.steps)
         set_factor(self.optim, factor)
+        for module in self._before:
+            module.before_step(self.step)  # type: ignore[operator]
         batches = self.micro_batches(self.step)
         row: dict[str, Any] = self.gradients(batches, self.step)
         parameters = [p.value for p in self.named]
@@ -235,12 +246,21 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.clip, norm)
         with autocast(self.device, self.spec):  # Muon's products are matrix work like the model's
             self.optim.step()
+        self._after_step()
         if self.ema is not None and self.spec.ema is not None:
             with torch.no_grad():
                 for p in self.named:
                     self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
         self.step += 1
         return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+
+    def _after_step(self) -> None:
+        """Hand to each module that waits for it what its layer summed over the micro-batches and ranks of this step."""
+        for path, module in self._after:
+            pairs = ((name.partition(":"), value) for name, value in self._sums.items())
+            if own := {name: value for (layer, _, name), value in pairs if path.startswith(f"{layer}.")}:
+                module.after_step(self.step, own)  # type: ignore[operator]
+        self._sums = {}
 
     def _explain(self, batches: list[Batch], step: int, what: str) -> None:
         """Find the first tensor that is not finite and say so.
