@@ -227,7 +227,7 @@ def _mechanisms(layer: LayerSpec) -> int:
 
 
 def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
-    """Parameters of one layer of width D, whose memory, if it has one, has that width too, of a model of V token ids."""
+    """Parameters of one layer of width D, whose memory, if it has one, has that width too; of V token ids."""
     if layer.block.kind == "mechanisms":
         return _layer_of_mechanisms(layer, D, memory, V)
     around, _ = of(layer.residual)(layer.residual)

@@ -591,7 +591,7 @@ def chosen_by_hand(spec: Any, module: Any, x: np.ndarray, id: int) -> dict[int, 
     if router.kind == "cosine":
         p = state["down"] @ x
         score = np.array([e @ p / math.sqrt(e @ e) / math.sqrt(p @ p) for e in state["weight"]])
-        z = score / state["temperature"]
+        z = score / np.exp(state["log_temperature"])
         gate = sigmoid(z) if router.gating == "sigmoid" else np.exp(z) / np.exp(z).sum()
     else:
         z = state["weight"] @ x

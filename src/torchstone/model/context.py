@@ -27,9 +27,9 @@ __all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux", "aux_of"]
 
 Aux = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name -> (sum, count), both scalars or vectors of one shape: balance losses, expert counts. Names that end in
-``_loss`` are added to the objective, and their count is the number of valid tokens. Sums of equal names are added up over
-layers, but for names that begin with a colon, which are a layer's own: "decoder.layers.3:load.0" once they leave the
-model. What they sum up over a training step, the layer's modules get in ``after_step``."""
+``_loss`` are added to the objective, and their count is the number of valid tokens. Sums of equal names are added up
+over layers, but for names that begin with a colon, which are a layer's own: "decoder.layers.3:load.0" once they leave
+the model. What they come to over a training step, the layer's modules get in ``after_step``."""
 
 _T = TypeVar("_T")
 

@@ -234,7 +234,7 @@ class Trainer:
         factor = self.schedule.factor(self.step, self.spec.steps)
         set_factor(self.optim, factor)
         for module in self._before:
-            module.before_step(self.step)  # type: ignore[operator]
+            module.before_step(self.step)
         batches = self.micro_batches(self.step)
         row: dict[str, Any] = self.gradients(batches, self.step)
         parameters = [p.value for p in self.named]
@@ -259,7 +259,7 @@ class Trainer:
         for path, module in self._after:
             pairs = ((name.partition(":"), value) for name, value in self._sums.items())
             if own := {name: value for (layer, _, name), value in pairs if path.startswith(f"{layer}.")}:
-                module.after_step(self.step, own)  # type: ignore[operator]
+                module.after_step(self.step, own)
         self._sums = {}
 
     def _explain(self, batches: list[Batch], step: int, what: str) -> None:

@@ -39,7 +39,7 @@ __all__ = ["MoE", "MoESpec"]
 
 
 class MoESpec(FeedForwardSpec):
-    """Experts of which each token takes a few; `hidden` is one expert's, by default the usual width over active ones."""
+    """Experts of which each token takes a few; `hidden` is one expert's, by default the usual width over active."""
 
     paper: ClassVar[str] = "Shazeer et al. 2017, arXiv 1701.06538; Dai et al. 2024, arXiv 2401.06066"
 

@@ -1,7 +1,7 @@
 """Linear: the projection type. A kind is two functions, of the input and of the weight, so that one module serves all.
 
-Shapes: ... any leading axes, I inputs, O outputs (the sum of the slices of a fused projection), E projections of a bank, M
-rows.
+Shapes: ... any leading axes, I inputs, O outputs (the sum of the slices of a fused projection), E projections of a
+bank, M rows.
 """
 
 from __future__ import annotations

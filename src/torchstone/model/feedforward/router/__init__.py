@@ -66,8 +66,8 @@ class Routing:
 class Router(nn.Module):
     """What a router kind builds.
 
-    A router may have ``before_step(step)`` and ``after_step(step, sums)``: what the engine calls around each step of the
-    optimiser, see `torchstone.train.engine`.
+    A router may have ``before_step(step)`` and ``after_step(step, sums)``, which the engine calls around each step of
+    the optimiser: see `torchstone.train.engine`.
     """
 
     def __init__(self, experts: int, active: int) -> None:

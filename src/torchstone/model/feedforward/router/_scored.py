@@ -92,7 +92,8 @@ class ScoredRouter(Router):
     def losses(
         self, scores_BTE: torch.Tensor, routing: Routing, valid_BT: torch.Tensor, ctx: Context
     ) -> dict[str, torch.Tensor]:
-        spec, found = self.scored, {}
+        spec = self.scored
+        found: dict[str, torch.Tensor] = {}
         if not (spec.balance or spec.group_balance or spec.sequence_balance):
             return found
         shares_BE = torch.where(valid_BT[..., None], self.shares(scores_BTE), 0.0).sum(1)

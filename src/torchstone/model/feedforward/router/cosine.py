@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, D width, E experts, C dimensions.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +26,7 @@ from torchstone.model.site import Site
 
 __all__ = ["CosineRouter", "CosineSpec"]
 
-_EPS, _COLDEST = 1e-4, 1e-4
+_EPS = 1e-4
 
 
 class CosineSpec(ScoredSpec):
@@ -55,12 +56,12 @@ class CosineRouter(ScoredRouter):
         C = spec.dim or max(2, experts // 2)
         self.down = nn.Parameter(torch.empty(C, site.width))
         self.weight = nn.Parameter(torch.empty(experts, C))
-        self.temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.empty(()))  # tau must stay positive
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-        if name == "temperature":
+        if name == "log_temperature":
             usual = 0.3 if self.spec.gating == "softmax" else 0.07
-            parameter.fill_(self.spec.temperature or usual)
+            parameter.fill_(math.log(self.spec.temperature or usual))
         elif name == "weight":
             nn.init.orthogonal_(parameter, gain=0.32, generator=generator)
         else:
@@ -75,5 +76,5 @@ class CosineRouter(ScoredRouter):
         return (scores_BTE / self.spec.balance_temperature).softmax(-1)
 
     def gate(self, scores_BTE: torch.Tensor, experts_BTK: torch.Tensor) -> torch.Tensor:
-        z_BTE = scores_BTE / self.temperature.to(scores_BTE.dtype).clamp(min=_COLDEST)
+        z_BTE = scores_BTE / self.log_temperature.to(scores_BTE.dtype).exp()
         return super().gate(z_BTE.softmax(-1) if self.spec.gating == "softmax" else z_BTE.sigmoid(), experts_BTK)

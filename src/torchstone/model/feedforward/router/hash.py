@@ -41,6 +41,8 @@ class HashSpec(RouterSpec):
 class HashRouter(Router):
     """Scores play no part in choices."""
 
+    weight: nn.Parameter | None
+
     def __init__(self, spec: HashSpec, site: Site, experts: int, active: int) -> None:
         super().__init__(experts, active)
         self.spec, self.init = spec, site.init

@@ -5,7 +5,8 @@
     stage 2    a = argmax D r, a constant of the id; r and D are frozen, and only the task's loss is left
 
 The first `distill_steps` steps of the optimiser are stage 1. Evaluation goes by the small router at all times. Balance,
-in stage 1, is a loss that lowers the scores of what is chosen too often (eq. 4): with n_i tokens at expert i and n = T / E,
+in stage 1, is a loss that lowers the scores of what is chosen too often (eq. 4); with n_i tokens at expert i and
+n = T / E,
 
     weight * sum over i of (n_i - n) / n * sum over its tokens of sigmoid(s_i)
 
@@ -45,7 +46,7 @@ class StableSpec(RouterSpec):
     """Weight of the balance loss."""
 
     def illegal(self, experts: int, active: int) -> str | None:
-        return f"router stable: a token has one expert, and active is {active}" if active != 1 else None
+        return f"active: router stable chooses one expert, not {active}" if active != 1 else None
 
     def build(self, site: Site, experts: int, active: int) -> Router:
         if site.vocabulary is None:

@@ -3,8 +3,8 @@
     s = softmax(W x)    gates = scale * s_i of the K best, divided by their sum if `normalise`
 
 Without `normalise` this is DeepSeekMoE's (arXiv 2401.06066, eqs. 9 to 11), whose gates add up to less than 1; with it,
-Mixtral's (arXiv 2401.04088). With `groups` and `keep_groups` a token's experts are those of the groups whose best expert
-scores highest: DeepSeek-V2's device-limited routing (arXiv 2405.04434, section 2.2.2).
+Mixtral's (arXiv 2401.04088). With `groups` and `keep_groups` a token's experts are those of the groups whose best
+expert scores highest: DeepSeek-V2's device-limited routing (arXiv 2405.04434, section 2.2.2).
 
 Shapes: B rows, T tokens, D width, E experts.
 """
