@@ -5,8 +5,8 @@ sums, each divided by its count and weighted, and a backward pass; then one move
 a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the weights and its number.
 
 A module of the model may have ``before_step(step)``, called before step number `step` (from 0), and
-``after_step(step, sums)``, called after the optimiser moved, with its layer's own sums of the step over all micro-batches
-and ranks, by name.
+``after_step(step, sums)``, called after the optimiser moved, with its layer's own sums of the step over all
+micro-batches and ranks, by name.
 """
 
 from __future__ import annotations
