@@ -159,3 +159,21 @@ def test_capacity_drops_alike_where_activations_are_made_again(recipe: Recipe) -
         trainer = tiny.trainer(recipe(model=fields, trainer={"recompute": recompute}), torch.float64)
         rows.append([trainer.train_step() for _ in range(3)])
     assert rows[0] == rows[1] and rows[0][0]["dropped"] > 0
+
+
+def test_sparse_norm_counts_the_gradients_of_experts_over_the_root_of_their_number(recipe: Recipe) -> None:
+    fields = {"model": BIAS, "trainer": {"clip": 0.01, "clip_norm": "sparse"}}
+    free = tiny.trainer(recipe(**{**fields, "trainer": {"clip": None}}), torch.float64)
+    norms = {"sparse": 0.0, "total": 0.0}
+    free.gradients(free.micro_batches(0), 0)
+    for p in free.named:
+        assert (p.experts == 4) == (".ffn.up." in p.name or ".ffn.down." in p.name)
+        square = float(p.value.grad.square().sum())  # type: ignore[union-attr]
+        norms["total"] += square
+        norms["sparse"] += square / p.experts
+    clipped = tiny.trainer(recipe(**fields), torch.float64)
+    assert clipped.train_step()["grad_norm"] == pytest.approx(norms["sparse"] ** 0.5)
+    for a, b in zip(clipped.named, free.named, strict=True):  # all are scaled alike, experts too
+        torch.testing.assert_close(a.value.grad, b.value.grad * 0.01 / norms["sparse"] ** 0.5, rtol=1e-5, atol=1e-12)
+    total = tiny.trainer(recipe(model=BIAS), torch.float64).train_step()["grad_norm"]
+    assert total == pytest.approx(norms["total"] ** 0.5)

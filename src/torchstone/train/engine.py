@@ -242,7 +242,7 @@ class Trainer:
         batches = self.micro_batches(self.step)
         row: dict[str, Any] = self.gradients(batches, self.step)
         parameters = [p.value for p in self.named]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm()
         row["grad_norm"] = norm.item()
         if not math.isfinite(row["grad_norm"]):
             self._explain(batches, self.step, f"gradient norm {row['grad_norm']}")
@@ -257,6 +257,14 @@ class Trainer:
                     self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
         self.step += 1
         return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+
+    def _norm(self) -> torch.Tensor:
+        """The norm of the gradient that is clipped."""
+        grads = [(p.value.grad, p.experts) for p in self.named if p.value.grad is not None]
+        if self.spec.clip_norm == "total":
+            return torch.nn.utils.get_total_norm([grad for grad, _ in grads])
+        norms = [torch.linalg.vector_norm(grad) / experts**0.5 for grad, experts in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def _after_step(self) -> None:
         """Hand to each module that waits for it what its layer summed over the micro-batches and ranks of this step."""

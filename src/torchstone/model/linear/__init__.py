@@ -131,7 +131,10 @@ class LinearBank(nn.Module):
         """(M, O); `groups` says which rows are whose."""
         weight_EOI = self.weight.unflatten(0, (self.count, -1))
         if type(self.spec).weight is not LinearSpec.weight:  # a kind's function is of one matrix
-            weight_EOI = torch.stack([self.spec.weight(w_OI) for w_OI in weight_EOI])
+            each = weight_EOI.unbind()
+            made = [self.spec.weight(w_OI) for w_OI in each]
+            if any(new is not old for new, old in zip(made, each, strict=True)):
+                weight_EOI = torch.stack(made)
         return grouped_product(self.spec.input(x_MI), weight_EOI, groups)
 
     def extra_repr(self) -> str:

@@ -27,12 +27,14 @@ class NamedParameter:
         value: the parameter.
         slices: sizes along its first axis of the projections fused in it; one slice for others.
         hidden: whether it is the matrix of a projection inside the model, not an embedding, a head or a vector.
+        experts: how many experts' matrices it holds; 1 for all else.
     """
 
     name: str
     value: nn.Parameter
     slices: tuple[int, ...]
     hidden: bool
+    experts: int = 1
 
     @property
     def decays(self) -> bool:
@@ -52,7 +54,8 @@ def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> list[NamedPara
                 fused = isinstance(module, Linear | LinearBank) and name == "weight"
                 hidden = fused and not {"head", "embed"} & set(module.roles)
                 slices = module.slices if fused else (value.shape[0] if value.dim() else 1,)
-                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden)
+                experts = module.count if isinstance(module, LinearBank) else 1
+                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden, experts)
     return list(found.values())
 
 
