@@ -33,8 +33,10 @@ __all__ = [
 def grouped_product(x_MI: torch.Tensor, weight_EOI: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Row m times the matrix of its expert, (M, O), and 0 where a row has none.
 
-    No more rows than experts, as in decoding: the chosen matrices are gathered, which needs no look at the sizes of the
-    groups. Else one product a group. Under autocast it is taken in its type, as a linear layer's.
+    One product a group, of the matrices that have rows and no others. No more rows than experts, as in decoding, on a
+    device that the host would have to wait for: the chosen matrices are gathered, which needs no look at the sizes of
+    the groups. (A CPU has nothing to wait for, and copies slower than it multiplies.) Under autocast the product
+    is taken in its type, as a linear layer's.
     """
     kind = x_MI.device.type
     if torch.is_autocast_enabled(kind) and x_MI.dtype != torch.float64:
@@ -42,6 +44,6 @@ def grouped_product(x_MI: torch.Tensor, weight_EOI: torch.Tensor, groups: Groups
         x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
     if forced_reference():
         return grouped_product_reference(x_MI, weight_EOI, groups.expert_M)
-    if x_MI.shape[0] <= weight_EOI.shape[0]:
+    if kind != "cpu" and x_MI.shape[0] <= weight_EOI.shape[0]:
         return gathered_product(x_MI, weight_EOI, groups.expert_M)
     return sorted_product(x_MI, weight_EOI, groups.ends_E)
