@@ -204,6 +204,8 @@ def test_it_works_in_somebody_elses_model() -> None:
     hashed = torchstone.build(validate(MoESpec, {"router": "hash"}), width=64)
     with pytest.raises(TorchstoneError, match="router hash: chooses by token ids, and this forward has none"):
         hashed(torch.randn(2, 16, 64))
+    with pytest.raises(TorchstoneError, match="router stable: has a vector for each token id, and needs a vocabulary"):
+        torchstone.build(validate(MoESpec, {"active": 1, "router": "stable"}), width=64)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

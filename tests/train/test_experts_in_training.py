@@ -177,3 +177,19 @@ def test_sparse_norm_counts_the_gradients_of_experts_over_the_root_of_their_numb
         torch.testing.assert_close(a.value.grad, b.value.grad * 0.01 / norms["sparse"] ** 0.5, rtol=1e-5, atol=1e-12)
     total = tiny.trainer(recipe(model=BIAS), torch.float64).train_step()["grad_norm"]
     assert total == pytest.approx(norms["total"] ** 0.5)
+
+
+def test_routers_side_by_side_in_a_layer_move_by_their_own_counts(recipe: Recipe) -> None:
+    stack = {"kind": "tim", "mechanisms": 2, "plain_first": 1, "plain_last": 0}
+    trainer = tiny.trainer(recipe(model={**BIAS, "stack": stack}), torch.float64)
+    plain, cut = trainer.model.decoder.layers  # type: ignore[union-attr]
+    of = {"plain": plain.ffn.router, **{f"cut {m}": part.ffn.router for m, part in enumerate(cut.mechanisms)}}
+    load: dict[str, torch.Tensor] = {}
+    for name, router in of.items():
+        router.register_forward_hook(lambda m, i, out, name=name: load.update({name: out.counts.sum(0)}))
+    trainer.train_step()
+    for name, router in of.items():
+        wanted = RATE * torch.sign(load[name].mean() - load[name])
+        assert wanted.any()
+        torch.testing.assert_close(router.bias.double(), wanted)
+    assert not torch.equal(load["cut 0"], load["cut 1"])
