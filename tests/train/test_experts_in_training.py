@@ -193,3 +193,19 @@ def test_routers_side_by_side_in_a_layer_move_by_their_own_counts(recipe: Recipe
         assert wanted.any()
         torch.testing.assert_close(router.bias.double(), wanted)
     assert not torch.equal(load["cut 0"], load["cut 1"])
+
+
+@pytest.mark.parametrize("fields", [BIAS, STABLE], ids=["sigmoid_bias", "stable"])
+def test_compiled_layers_train_alike_through_every_change(recipe: Recipe, fields: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    data = recipe(model=fields, trainer={"recompute": True})
+    plain, compiled = (tiny.trainer(data, torch.float64) for _ in range(2))
+    for layer in compiled.model.decoder.layers:  # type: ignore[union-attr]
+        layer.compile(backend="aot_eager")
+    for _ in range(4):
+        a, b = plain.train_step(), compiled.train_step()
+        assert a.keys() == b.keys() and a == pytest.approx(b, rel=1e-9)
+    for ours, theirs in zip(routers(compiled), routers(plain), strict=True):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-11)
+    torch._dynamo.reset()

@@ -4,7 +4,8 @@
     y = sum over shared experts F_i(x) + sum over the K chosen experts g_i F_i(x)
 
 Which are chosen, and what each counts, is the router's. Shared experts together are one network of their joint width.
-Padding is given to no expert and counts nowhere.
+Padding is given to no expert and counts nowhere. Where the residual wants a norm before outputs, one serves all chosen
+experts.
 
 With a capacity, in a forward that trains, an expert takes ceil(capacity * K * tokens / E) tokens and drops the rest,
 which then pass by on the stream alone. Those that come first have the place, whatever their row, so that no token is
