@@ -121,20 +121,19 @@ def parameter_name(name: str) -> str:
 
 
 def initialise(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
-    """Give every parameter, and every buffer that is saved, its first value from a generator keyed by (seed, name).
+    """Give every parameter its first value from a generator keyed by (seed, parameter name).
 
     Two models that differ in one part therefore agree bit for bit in every other parameter, on any device. A module
-    that has parameters of its own says how with ``initialise(name, parameter, generator)``.
+    that has parameters of its own says how with ``initialise(name, parameter, generator)``, and one that has buffers
+    with ``initialise_buffers()``.
 
     Raises:
         TypeError: a module has parameters and no `initialise`.
     """
     for path, module in model.named_modules():
-        tensors = list(module.named_parameters(recurse=False))
-        if hasattr(module, "initialise"):
-            passing = module._non_persistent_buffers_set
-            tensors += [pair for pair in module.named_buffers(recurse=False) if pair[0] not in passing]
-        for name, parameter in tensors:
+        if hasattr(module, "initialise_buffers"):
+            module.initialise_buffers()
+        for name, parameter in module.named_parameters(recurse=False):
             full = parameter_name(".".join(part for part in (prefix, path, name) if part))
             if not hasattr(module, "initialise"):
                 raise TypeError(f"{type(module).__name__} has the parameter {full} and no initialise()")

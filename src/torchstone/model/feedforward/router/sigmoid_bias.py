@@ -61,10 +61,11 @@ class SigmoidBiasRouter(ScoredRouter):
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-        if name == "bias":
-            parameter.zero_()
-        else:
-            self.init(parameter, "router", generator)
+        self.init(parameter, "router", generator)
+
+    def initialise_buffers(self) -> None:
+        """No expert is preferred at first."""
+        self.bias.zero_()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         bias = self.bias

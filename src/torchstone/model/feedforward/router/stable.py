@@ -75,12 +75,15 @@ class StableRouter(Router):
         return (self.words.shape[0] - 1) * self.words.shape[1]
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-        if name in ("table", "frozen"):
-            parameter.zero_()
-        elif name == "words":
+        if name == "words":
             nn.init.normal_(parameter, 0.0, self.spec.dim**-0.5, generator=generator)
         else:
             nn.init.orthogonal_(parameter, gain=0.1, generator=generator)
+
+    def initialise_buffers(self) -> None:
+        """Stage 1."""
+        self.table.zero_()
+        self.frozen.zero_()
 
     def score(self, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
         return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
