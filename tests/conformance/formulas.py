@@ -182,10 +182,12 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ),
     ("norm", "rmsnorm"): lambda spec, D: D * spec.gain,
     ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
-    # norms around one sublayer, and the final one
-    ("residual", "pre"): lambda spec: (1, 1),
-    ("residual", "post"): lambda spec: (1, 0),
-    ("residual", "sandwich"): lambda spec: (2, 1),
+    # norms around one sublayer, the final one, and those before output projections of all but cross-attentions
+    ("residual", "pre"): lambda spec: (1, 1, 0),
+    ("residual", "post"): lambda spec: (1, 0, 0),
+    ("residual", "sandwich"): lambda spec: (2, 1, 0),
+    ("residual", "deepnorm"): lambda spec: (1, 0, 0),
+    ("residual", "subln"): lambda spec: (1, 1, 1),
     # joins, attentions, cross-attentions, feed-forwards of a layer with a memory or without
     ("block", "sequential"): lambda spec, memory: (2 + memory, 1, memory, 1),
     ("block", "attention_only"): lambda spec, memory: (1 + memory, 1, memory, 0),
@@ -230,7 +232,7 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     """Parameters of one layer of width D, whose memory, if it has one, has that width too; of V token ids."""
     if layer.block.kind == "mechanisms":
         return _layer_of_mechanisms(layer, D, memory, V)
-    around, _ = of(layer.residual)(layer.residual)
+    around, _, inside = of(layer.residual)(layer.residual)
     joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
     total = joins * around * of(layer.norm)(layer.norm, D)
     total += attentions * of(layer.attention)(layer.attention, layer, D, None)
@@ -238,6 +240,9 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     total += ffns * of(layer.ffn)(layer.ffn, D, V)
     of_attention = ATTENTION_PROJECTIONS[layer.attention.kind]
     projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
+    written = [inputs for inputs, _, role in projections if role in ("out", "down")]
+    written += [_moe_hidden(layer.ffn, D)] * ffns if layer.ffn.kind == "moe" else []  # one for all chosen experts
+    total += sum(inside * of(layer.norm)(layer.norm, inputs) for inputs in written)
     projections += crosses * of_attention(layer.attention, D, D)
     return total + of(layer.linear)(layer.linear, projections)
 
@@ -259,9 +264,10 @@ def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     total = M * of_layer(one, W, memory, V) + (D + M) * (block.competition != "none")
     if block.communication is not None:
         E = block.communication.heads * (block.communication.head_dim or min(32, W))
-        around, _ = of(layer.residual)(layer.residual)
+        around, _, inside = of(layer.residual)(layer.residual)
         adapted = of(layer.linear)(layer.linear, [(W, E, "q"), (W, E, "k"), (W, E, "v"), (E, W, "out")])
-        total += M * (4 * W * E + adapted + around * of(layer.norm)(layer.norm, W))
+        norms = around * of(layer.norm)(layer.norm, W) + inside * of(layer.norm)(layer.norm, E)
+        total += M * (4 * W * E + adapted + norms)
     return total
 
 
@@ -275,7 +281,7 @@ def parameters(spec: TransformerSpec) -> int:
         plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
         total += sum(of_layer(layer, D, memory, V) for layer in plan)
         if plan:
-            _, final = of(plan[-1].residual)(plan[-1].residual)
+            _, final, _ = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
             heads = {(_mechanisms(layer), layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
             for _, H, _ in (

@@ -684,6 +684,27 @@ def _() -> None:
     assert isinstance(joined("post", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
 
 
+@oracle("residual", "deepnorm")
+def _() -> None:
+    alpha = 2**0.25  # a decoder of one layer
+    final = joined("deepnorm", lambda x, f, m: rms(alpha * x + f(x), m.norm.weight))
+    assert isinstance(final, nn.Identity)
+
+
+@oracle("residual", "subln")
+def _() -> None:
+    assert not isinstance(joined("subln", lambda x, f, m: x + f(rms(x, m.norm.weight))), nn.Identity)
+    site = Site(width=32, residual_spec=resolve("residual", "subln")())
+    x = drawn(2, 3, 32)
+    plain = ready(resolve("ffn", "mlp")(activation="relu").build(site))
+    hidden = rms((x @ plain.up.weight.T).clamp(min=0), plain.inner_norm.weight)
+    same(plain(x)[0], hidden @ plain.down.weight.T, "mlp")
+    gated = ready(resolve("ffn", "swiglu")().build(site))
+    gate, up = (x @ gated.gate_up.weight.T).chunk(2, -1)
+    hidden = rms(gate / (1 + torch.exp(-gate)) * up, gated.inner_norm.weight)
+    same(gated(x)[0], hidden @ gated.down.weight.T, "swiglu")
+
+
 @oracle("residual", "sandwich")
 def _() -> None:
     def rule(x: torch.Tensor, f: Any, m: Any) -> torch.Tensor:

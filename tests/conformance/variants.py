@@ -79,6 +79,8 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("router", "hash"): {"sigmoid": {"gating": "sigmoid", "seed": 3}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
+    ("residual", "deepnorm"): {"set": {"alpha": 3.0, "beta": 0.5}},
+    ("residual", "subln"): {"xavier": {"gamma": 1.0}},
     ("stack", "longmem"): {"default": {"reduction": 1}},
     ("embedding", "token"): {
         "bert": {"types": 2, "norm": "layernorm"},

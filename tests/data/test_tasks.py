@@ -33,6 +33,8 @@ ODD: dict[str, dict[str, Any]] = {
     "modular": {"modulus": 11, "share": 0.4, "examples": 30},
     "dyck": {"brackets": 3, "depth": 3, "length": 14},
     "sorting": {"length": 6, "symbols": 5},
+    "episodes": {"demonstrations": 5, "questions": 2, "features": 3, "values": 3, "labels": 3},
+    "two_sources": {"length": 9, "symbols": 5, "branches": 3},
 }
 FEW: dict[str, dict[str, Any]] = {
     "recall": {"pairs": 2, "queries": 1, "keys": 3, "values": 2},
@@ -42,6 +44,8 @@ FEW: dict[str, dict[str, Any]] = {
     "modular": {"modulus": 11, "share": 0.4, "examples": 30},
     "dyck": {"brackets": 2, "depth": 3, "length": 6},
     "sorting": {"length": 3, "symbols": 4},
+    "episodes": {"demonstrations": 2, "questions": 1, "features": 1, "values": 2},
+    "two_sources": {"length": 2, "symbols": 2},
 }
 """Tasks of some dozens of different examples."""
 
@@ -123,16 +127,18 @@ SOLVERS: dict[str, Callable[[Any, list[int]], int | None]] = {
     "dyck": solve_dyck,
     "sorting": solve_sorting,
 }
-TASKS = sorted(SOLVERS)
+UNSURE = {"episodes", "two_sources"}
+"""Tasks whose answers nobody can be sure of: see test_uncertain_tasks."""
+TASKS = sorted({*SOLVERS, *UNSURE})
 
 
-def test_every_task_has_a_solver_here() -> None:
-    assert {kind for kind in kinds("data") if issubclass(resolve("data", kind), TaskSpec)} == SOLVERS.keys()
+def test_every_task_has_a_solver_here_or_is_uncertain() -> None:
+    assert {kind for kind in kinds("data") if issubclass(resolve("data", kind), TaskSpec)} == set(TASKS)
     assert "task" not in kinds("data") and "_task" not in kinds("data")
 
 
 @pytest.mark.parametrize("fields", [{}, ODD], ids=["default", "odd"])
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", sorted(SOLVERS))
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_a_solver_that_reads_up_to_a_token_knows_each_answer(kind: str, fields: dict[str, Any], split: str) -> None:
     spec = task(kind, **fields.get(kind, {}))
@@ -371,6 +377,9 @@ REFUSED: list[tuple[list[str], str]] = [
     (["data=dyck", "data.length=4"], "data: depth 4 cannot be reached in length 4, 2 can"),
     (["data=needle", "data.length=2"], "data.length: input should be greater than or equal to 3, got '2'"),
     (["data=induction", "data.length=2"], "data.length: input should be greater than or equal to 3, got '2'"),
+    (["data=two_sources", "data.branches=9"], "data: 9 branches need as many symbols, symbols is 8"),
+    (["data=episodes", "data.flips=1"], "data.flips: input should be less than 1, got '1'"),
+    (["data=episodes", "data.questions=0"], "data.questions: input should be greater than or equal to 1, got '0'"),
     (["data=copying", "data.block=8"], "data: no field 'block'; fields: kind, seed, examples, length, symbols"),
     (
         ["data=modular", "data.modulus=7"],

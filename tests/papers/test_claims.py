@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -120,6 +121,34 @@ def test_a_quick_look_keeps_no_verdict_and_records_nothing(paper: Paper) -> None
     with pytest.raises(TorchstoneError, match="a quick look is no evidence"):
         record(paper, [outcome])
     assert read_evidence("p") == {}
+
+
+@pytest.fixture
+def evidence_check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    return importlib.import_module("evidence_check")
+
+
+def test_a_function_is_measured_again_and_must_answer_the_same(paper: Paper, evidence_check: Any) -> None:
+    record(paper, [run_claim(paper.claims[0], "evidence")])
+    kept = read_evidence("p")["c"]
+    again = evidence_check.numbers_agree
+
+    def other(bytes_: float, gain: float) -> Claim:
+        def run(scale: str, first: int) -> Measured:
+            found = measured(scale, first)
+            method = {seed: value + gain for seed, value in found.values["method"].items()}
+            return Measured({"bytes": bytes_}, {**found.values, "method": method})
+
+        return replace(paper.claims[0], run=run)
+
+    assert again("p", other(12.0, 0.0), kept)
+    assert not again("p", other(12.5, 0.0), kept)  # outside its bounds
+    assert not again("p", other(12.0, 0.15), kept)  # inconclusive
+    wide = replace(paper.claims[0], gates=(Number("bytes", low=10, high=14),))
+    kept = {**kept, "gates": kept["gates"][1:]}
+    assert again("p", replace(wide, run=other(12.001, 0.0).run), kept)
+    assert not again("p", replace(wide, run=other(12.5, 0.0).run), kept)  # within bounds, and another number
 
 
 def test_evidence_of_few_seeds_is_refused(paper: Paper) -> None:

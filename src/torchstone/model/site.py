@@ -47,7 +47,7 @@ class Site:
     Attributes:
         width: width of the stream.
         depths: layers of the encoder and of the decoder (0 where there is none).
-        layer: this layer's number in its stack.
+        layer: this layer's number in its stack; None for what stands outside layers.
         causal: whether this stack is a decoder.
         memory_width: width of the memory that a cross-attention reads; None for self-attention.
         linear_spec, norm_spec, position_spec, residual_spec: the model's choices for this layer.
@@ -62,7 +62,7 @@ class Site:
 
     width: int
     depths: tuple[int, int] = (0, 1)
-    layer: int = 0
+    layer: int | None = 0
     causal: bool = True
     memory_width: int | None = None
     dropout: float = 0.0
@@ -80,7 +80,7 @@ class Site:
     @property
     def init(self) -> Initialise:
         """How the residual's theory wants weights to start."""
-        return self.residual_spec.init(self.depths, "decoder" if self.causal else "encoder")
+        return self.residual_spec.rule(self)
 
     def linear(
         self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: bool = False
@@ -103,8 +103,8 @@ class Site:
         return self.norm_spec.build(width or self.width)
 
     def inner_norm(self, width: int) -> nn.Module:
-        """A norm before an output projection, for residuals that ask for it (Sub-LN); nothing otherwise."""
-        return self.norm(width) if self.residual_spec.inner_norm else nn.Identity()
+        """A norm before an output projection, where the residual asks for one (Sub-LN); nothing otherwise."""
+        return self.residual_spec.inner_norm(self, width)
 
     def position(self, dim: int, heads: int) -> str | None:
         """Key of the position module for heads of `dim`: the stack owns it, the part asks its context by key."""

@@ -194,6 +194,7 @@ class Transformer(nn.Module):
         base = Site(
             width=spec.width,
             depths=spec.depths,
+            layer=None,
             causal=spec.causal,
             dropout=spec.dropout,
             drop_path=spec.drop_path,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from torchstone.data.two_sources import TwoSourcesSpec
 from torchstone.interop.presets import preset
 from torchstone.keys import Key
 from torchstone.model.block.mechanisms import MechanismsBlock
 from torchstone.model.site import initialise
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer, TransformerSpec
-from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.recipe import load_recipe
 from torchstone.spec import validate
+from torchstone.train import train
 
 __all__ = ["PAPER"]
 
@@ -157,6 +165,178 @@ PARAMETERS = Claim(
     run=_parameters,
 )
 
+# ---------------------------------------------------------------------------------------------------- two sources
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a scale spends."""
+
+    steps: int
+    seeds: int
+    control_seeds: int
+    examples: int = 256
+    precision: str = "fp32"
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SIZES = {
+    "quick": _Size(steps=100, seeds=1, control_seeds=1, examples=64),
+    "evidence": _Size(steps=400, seeds=5, control_seeds=3),
+    "gpu": _Size(steps=10_000, seeds=5, control_seeds=3, precision="bf16", data={"symbols": 16, "length": 256}),
+}
+_TIM: dict[str, Any] = {"width": 64, "attention": {"heads": 4}, "ffn": {"kind": "mlp", "hidden": 256}}
+_ARMS: dict[str, dict[str, Any]] = {
+    "tim": {**_TIM, "stack": {"kind": "tim", "mechanisms": 2}},
+    # narrower, so that it has as many parameters
+    "plain": {"width": 60, "attention": {"heads": 6}, "ffn": {"kind": "mlp", "hidden": 256}},
+    "without competition": {**_TIM, "stack": {"kind": "tim", "mechanisms": 2, "competition": "none"}},
+    # the defect: masks of the diagonal alone
+    "diagonal": {**_TIM, "attention": {"heads": 4, "window": 1}, "stack": {"kind": "tim", "mechanisms": 2}},
+}
+
+
+def _recipe(size: _Size, arm: str, seed: int) -> dict[str, Any]:
+    return {
+        "model": {"depth": 6, "residual": "post", "norm": "layernorm", **_ARMS[arm]},
+        "data": {"kind": "two_sources", **size.data, "examples": size.examples, "seed": seed},
+        "optimizer": {"kind": "adamw", "lr": 2e-3, "weight_decay": 0.0},
+        "schedule": {"kind": "cosine", "warmup": 50},
+        "trainer": {
+            "seed": seed,
+            "steps": size.steps,
+            "batch": 32,
+            "threads": 1,
+            "precision": size.precision,
+            "compile": "off",
+            "save_every": size.steps,
+        },
+        "evaluate": {"every": size.steps, "blocks": 64, "test": False},
+    }
+
+
+@torch.no_grad()
+def _losses(model: Transformer, spec: TwoSourcesSpec) -> tuple[float, float]:
+    """Nats of a pair of next symbols, and of the first source's alone, on the test split."""
+    pair, first, count = 0.0, 0.0, 0
+    for batch in spec.prepare().test.evaluation(64):
+        logits_BTV = model(batch["ids"]).logits
+        assert logits_BTV is not None
+        shares_BTNN = logits_BTV.float().log_softmax(-1).unflatten(-1, (spec.symbols, spec.symbols))
+        next_BT = batch["next"]
+        first_BT = (next_BT // spec.symbols)[..., None]
+        pair -= float(shares_BTNN.flatten(-2).gather(-1, next_BT[..., None]).sum())
+        first -= float(shares_BTNN.logsumexp(-1).gather(-1, first_BT).sum())
+        count += next_BT.numel()
+    return pair / count, first / count
+
+
+@torch.no_grad()
+def _winners(model: Transformer, spec: TwoSourcesSpec, split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """By layer, the mechanism with the largest share at each position; and where the first source is informative."""
+    informs_BT = spec.informative(split, np.arange(spec.examples))[:, :-1]
+    taps = Taps(record=["*.competition"])
+    ids_BT = torch.from_numpy(spec.sequences(split, np.arange(spec.examples))[0][:, :-1])
+    won: dict[str, list[torch.Tensor]] = {}
+    for some_BT in ids_BT.split(64):
+        taps.seen.clear()
+        model(some_BT, taps=taps, outputs="none")
+        for name, share_BTM in taps.seen.items():
+            won.setdefault(name, []).append(share_BTM.argmax(-1))
+    return {name: torch.cat(parts).numpy() for name, parts in won.items()}, informs_BT
+
+
+def _bits(won: np.ndarray, informs: np.ndarray) -> float:
+    """Mutual information of two series of whole numbers, from the table of their counts."""
+    counts = np.zeros((int(won.max()) + 1, 2))
+    np.add.at(counts, (won.ravel(), informs.ravel().astype(int)), 1)
+    p = counts / counts.sum()
+    free = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
+    return float((p[p > 0] * np.log2(p[p > 0] / free[p > 0])).sum())
+
+
+def _competed(model: Transformer, spec: TwoSourcesSpec, seed: int) -> dict[str, float]:
+    """Bits about the informative source in one layer's winners, on the test split: the layer that knows most of it on
+    the validation split. Beside them, what five times as many bits of shuffled winners are."""
+    layers, informs = _winners(model, spec, "valid")
+    best = max(layers, key=lambda name: _bits(layers[name], informs))
+    layers, informs = _winners(model, spec, "test")
+    drawn = np.random.default_rng(seed)
+    mixed = [_bits(drawn.permutation(layers[best].ravel()), informs) for _ in range(2)]
+    return {"bits": _bits(layers[best], informs), "five times shuffled": 5 * mixed[0], "shuffled again": mixed[1]}
+
+
+def _two_sources(scale: Scale, first: int) -> Measured:
+    size = _SIZES[scale]
+    values: dict[str, dict[int, float]] = {}
+    for arm in _ARMS:
+        for seed in range(first, first + (size.seeds if arm in ("tim", "plain") else size.control_seeds)):
+            found = _measured(size, arm, seed)
+            kept = {arm: found["loss"], f"{arm}: first source": found["first source"]}
+            kept |= {f"{arm}: {name}": value for name, value in found.items() if name not in ("loss", "first source")}
+            for name, value in kept.items():
+                values.setdefault(name, {})[seed] = value
+    return Measured(values=values)
+
+
+def _measured(size: _Size, arm: str, seed: int) -> dict[str, float]:
+    recipe = load_recipe(_recipe(size, arm, seed))
+    spec: Any = recipe.data
+    with tempfile.TemporaryDirectory(prefix="torchstone-tim-") as folder:
+        model: Any = train(recipe, out=Path(folder) / "run", quiet=True).model()
+    model.eval()
+    loss, before = _losses(model, spec)
+    found = {"loss": loss, "first source": before}
+    for name, grammars in (("second", (0, 1)), ("first", (1, 0))):
+        changed = spec.model_copy(update={"grammars": grammars})
+        found[f"increase with another {name} grammar"] = _losses(model, changed)[1] - before
+    if _ARMS[arm].get("stack", {}).get("competition", "softmax") != "none" and arm != "plain":
+        found |= _competed(model, spec, seed)
+    return found
+
+
+_two_sources.builds = (  # type: ignore[attr-defined]
+    *BUILDS,
+    "torchstone.data._task",
+    "torchstone.data.two_sources",
+    "torchstone.model.attention.softmax",
+    "torchstone.model.residual.post",
+)
+
+TWO_SOURCES = Claim(
+    id="two-sources",
+    kind="behaviour",
+    text="Of two sources in one stream, of which one at a time follows its grammar, a 6-layer decoder with two "
+    "mechanisms in its layers 2 to 4 predicts both next symbols with at most 0.02 nats more than a plain one of as "
+    "many parameters. The winners of its competition tell which source is informative: at least 0.3 bits beyond five "
+    "times what they do when shuffled, in the layer that is best on other examples. With another grammar of one "
+    "source, the loss on the other grows by at most 0.02 nats more than the plain decoder's. A TIM without competition "
+    "is measured beside it and no part of the claim.",
+    figure="competition follows which of speech and noise is there; better than baselines of as many parameters; "
+    "mechanisms that are robust to a change of one of the sources",
+    gates=(
+        # 0.02 nats: 1 % of what one of the two symbols costs
+        Effect("not worse than plain at equal parameters", "tim", "plain", margin=-0.02, sabotage="diagonal"),
+        Effect(
+            "winners know the informative source",
+            "tim: bits",
+            "tim: five times shuffled",
+            margin=0.3,
+            null="tim: shuffled again",
+            sabotage="diagonal: bits",
+            lower_is_better=False,
+        ),
+        Effect(
+            "not less robust than plain",
+            "tim: increase with another second grammar",
+            "plain: increase with another second grammar",
+            margin=-0.02,
+            sabotage="tim: increase with another first grammar",
+        ),
+    ),
+    run=_two_sources,
+)
+
 PAPER = Paper(
     slug="tim",
     title="Transformers with Competitive Ensembles of Independent Mechanisms",
@@ -168,5 +348,5 @@ PAPER = Paper(
     summary="Layers in the middle are cut into mechanisms with a slice of the stream, an attention and a feed-forward "
     "each. They compete for how much attention may change them and meet only in an attention across them at each "
     "position.",
-    claims=(INDEPENDENCE, PARAMETERS),
+    claims=(INDEPENDENCE, PARAMETERS, TWO_SOURCES),
 )

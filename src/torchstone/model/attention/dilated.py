@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 
 from torchstone.errors import TorchstoneError
-from torchstone.model.attention import Attention, AttentionSpec
+from torchstone.model.attention import Attention
+from torchstone.model.attention._heads import Heads, HeadsSpec
 from torchstone.model.context import Aux, Context, Handoff
 from torchstone.model.site import Site
 from torchstone.model.state import Growing, PartState, Slot
@@ -34,10 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["DilatedAttention", "DilatedSpec"]
 
 
-class DilatedSpec(AttentionSpec):
+class DilatedSpec(HeadsSpec):
     """Softmax attention on dilated segments, several patterns mixed by their softmax denominators."""
 
-    divided: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})
     paper: ClassVar[str] = "Ding et al. 2023, arXiv 2307.02486"
 
@@ -49,26 +49,9 @@ class DilatedSpec(AttentionSpec):
     """How heads share out the offsets 0..r-1: head j takes j mod r, or r blocks of heads in order take one each."""
     mix_gradient: bool = False
     """Whether gradients flow through the shares of the patterns; the published code has them constant."""
-    kv_heads: int | None = Field(None, ge=1)
-    """Key/value heads, a divisor of `heads`; None means as many as `heads`."""
-    head_dim: int | None = Field(None, ge=1)
-    """Dimension of a head; None means width / heads."""
-    qk_norm: bool = False
-    """Normalise each head of queries and keys, with the model's kind of norm."""
-    scale: float | None = Field(None, gt=0)
-    """Factor on scores; None means 1 / sqrt(head_dim)."""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """Which projections have a bias."""
-
-    def head_size(self, width: int) -> int:
-        return self.head_dim or width // self.heads
 
     def illegal(self, layer: LayerSpec, width: int) -> str | None:
-        if self.head_dim is None and width % self.heads:
-            return f"attention.heads: {self.heads} heads do not divide width {width}"
-        if self.heads % (self.kv_heads or self.heads):
-            return f"attention.kv_heads: {self.kv_heads} does not divide {self.heads} heads"
-        return self._irregular() or super().illegal(layer, width) or layer.position.illegal(self.head_size(width))
+        return self._irregular() or super().illegal(layer, width)
 
     def _irregular(self) -> str | None:
         """What is wrong with the patterns."""
@@ -102,27 +85,21 @@ class DilatedSpec(AttentionSpec):
         return DilatedAttention(self, site)
 
 
-class DilatedAttention(Attention):
+class DilatedAttention(Heads):
     """Decode state: a growing cache of all keys and values, of which a step reads what its segments keep.
 
     Attributes:
         shards: set where the rows are sharded over ranks; each rank's tokens then have their index in the whole row.
     """
 
+    spec: DilatedSpec
+
     def __init__(self, spec: DilatedSpec, site: Site) -> None:
-        super().__init__()
-        self.spec, self.causal, self.patterns = spec, site.causal, spec.patterns()
-        self.H, self.G = spec.heads, spec.kv_heads or spec.heads
-        self.K = spec.head_size(site.width)
-        self.scale = self.K**-0.5 if spec.scale is None else spec.scale
+        super().__init__(spec, site)
+        self.patterns = spec.patterns()
         self.position = site.position(self.K, self.H)
         self.biased = site.position_spec is not None and site.position_spec.gives == "bias"
-        self.q_norm = site.norm(self.K) if spec.qk_norm else None
-        self.k_norm = site.norm(self.K) if spec.qk_norm else None
-        sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
-        self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
-        self.inner_norm = site.inner_norm(self.H * self.K)
-        self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.bias == "all")
+        self.qkv = self.fused(site)
         self.name = f"dilated.{self.patterns}.{self.biased}"  # layers of the same patterns share a plan
         self.shards: Shards | None = None
 
@@ -176,11 +153,7 @@ class DilatedAttention(Attention):
         given: Handoff | None = None,
     ) -> tuple[torch.Tensor, Handoff | None, Aux]:
         ctx = Context.alone(x_BTD, self.causal) if ctx is None else ctx
-        q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
-        q, k, v = (x.unflatten(-1, (-1, self.K)).transpose(1, 2) for x in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = ctx.tap("q", q), ctx.tap("k", k), ctx.tap("v", v)
+        q, k, v = self.projected(x_BTD, ctx)
         rotation = None if self.position is None else ctx.rotation(self.position)
         if rotation is not None:
             q, k = rotation.q(q), rotation.k(k)
@@ -197,8 +170,7 @@ class DilatedAttention(Attention):
             mix_gradient=self.spec.mix_gradient,
             bias=self._bias(ctx),
         )
-        y_BTE = ctx.tap("mixed", self.inner_norm(y_BHTK.transpose(1, 2).flatten(-2)))
-        return ctx.tap("out", self.out(y_BTE)), None, {}
+        return self.joined(y_BHTK, ctx), None, {}
 
     def flops(self, context: int) -> float:
         """The mean over queries: a head attends with one in r tokens, to every r-th of its segment, or, when causal, to

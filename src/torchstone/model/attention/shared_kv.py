@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchstone.model.attention import Attention
-from torchstone.model.attention.softmax import SoftmaxSpec, _Softmax
+from torchstone.model.attention.softmax import SoftmaxHeads, SoftmaxSpec
 from torchstone.model.context import Aux, Context, Handoff
 from torchstone.model.mask import Lowered
 from torchstone.model.site import Site
@@ -42,7 +42,7 @@ class SharedKVSpec(SoftmaxSpec):
         return SharedKV(self, site)
 
 
-class SharedKV(_Softmax):
+class SharedKV(SoftmaxHeads):
     """Has no decode state: whoever made the keys and values keeps them."""
 
     makes_keys = False

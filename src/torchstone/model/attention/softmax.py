@@ -8,14 +8,15 @@ arXiv 2408.00118), a free scale (T5 uses 1). Where the site has a memory it is a
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
 from torchstone import ops
 from torchstone.errors import TorchstoneError
-from torchstone.model.attention import Attention, AttentionSpec
+from torchstone.model.attention import Attention
+from torchstone.model.attention._heads import Heads, HeadsSpec
 from torchstone.model.context import Aux, Context, Handoff
 from torchstone.model.mask import BIDIRECTIONAL, Lowered, holds, lower
 from torchstone.model.site import Gives, Site
@@ -23,37 +24,23 @@ from torchstone.model.state import Fixed, Growing, PartState, Ring, Slot
 from torchstone.model.tokens import Tokens
 from torchstone.ops import attention as kernels
 
-if TYPE_CHECKING:
-    from torchstone.model.stack import LayerSpec
-
-__all__ = ["CrossAttention", "SelfAttention", "SoftmaxAttention", "SoftmaxSpec", "mix_values"]
+__all__ = ["CrossAttention", "SelfAttention", "SoftmaxAttention", "SoftmaxHeads", "SoftmaxSpec", "mix_values"]
 
 
-class SoftmaxSpec(AttentionSpec):
+class SoftmaxSpec(HeadsSpec):
     """Multi-head softmax attention: grouped heads, window, QK-norm, soft-cap, free scale."""
 
     consumes: ClassVar[frozenset[str]] = frozenset({"rotation", "decaying rotation", "bias"})
     can_give: ClassVar[frozenset[str]] = frozenset({"keys_values", "probs", "queries_keys", "block_max", "fresh"})
     crosses: ClassVar[bool] = True
     offsets: ClassVar[bool] = True
-    divided: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "window", "blocks", "role", "prefix"})
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 
-    kv_heads: int | None = Field(None, ge=1)
-    """Key/value heads, a divisor of `heads`; None means as many as `heads`, 1 is multi-query."""
-    head_dim: int | None = Field(None, ge=1)
-    """Dimension of a head; None means width / heads."""
     window: int | None = Field(None, ge=1)
     """A query sees itself and the window - 1 tokens before it; None sees all."""
-    qk_norm: bool = False
-    """Normalise each head of queries and keys, with the model's kind of norm."""
     softcap: float | None = Field(None, gt=0)
     """Scores become cap * tanh(score / cap)."""
-    scale: float | None = Field(None, gt=0)
-    """Factor on scores; None means 1 / sqrt(head_dim), 1 is unscaled."""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """Which projections have a bias."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Rate at which probabilities are dropped in training."""
 
@@ -61,41 +48,18 @@ class SoftmaxSpec(AttentionSpec):
     def grows(self) -> bool:
         return self.window is None
 
-    def head_size(self, width: int) -> int:
-        return self.head_dim or width // self.heads
-
-    def illegal(self, layer: LayerSpec, width: int) -> str | None:
-        if self.head_dim is None and width % self.heads:
-            return f"attention.heads: {self.heads} heads do not divide width {width}"
-        if self.heads % (self.kv_heads or self.heads):
-            return f"attention.kv_heads: {self.kv_heads} does not divide {self.heads} heads"
-        return super().illegal(layer, width) or layer.position.illegal(self.head_size(width))
-
     def build(self, site: Site) -> Attention:
         return CrossAttention(self, site) if site.memory_width is not None else SoftmaxAttention(self, site)
 
 
-class _Softmax(Attention):
-    """What self- and cross-attention share: sizes, norms, and the mixing itself."""
+class SoftmaxHeads(Heads):
+    """What self- and cross-attention share: the mixing itself."""
 
-    makes_queries = makes_keys = True
-    """Whether it has queries and keys of its own to normalise."""
+    spec: SoftmaxSpec
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
-        super().__init__()
-        self.spec, self.causal = spec, site.causal
-        self.H, self.G = spec.heads, spec.kv_heads or spec.heads
-        self.K = spec.head_size(site.width)
-        self.scale = self.K**-0.5 if spec.scale is None else spec.scale
-        self.q_norm = site.norm(self.K) if spec.qk_norm and self.makes_queries else None
-        self.k_norm = site.norm(self.K) if spec.qk_norm and self.makes_keys else None
-        self.inner_norm = site.inner_norm(self.H * self.K)
+        super().__init__(spec, site)
         self.gives = site.gives
-        self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.bias == "all")
-
-    def heads(self, x_BTE: torch.Tensor, heads: int) -> torch.Tensor:
-        """(B, T, heads * K) -> (B, heads, T, K)."""
-        return x_BTE.unflatten(-1, (heads, self.K)).transpose(1, 2)
 
     def attend(
         self,
@@ -113,11 +77,6 @@ class _Softmax(Attention):
             q_BHTK, k_BGSK, v_BGSK, low, ctx, scale=self.scale, softcap=self.spec.softcap, dropout=self.spec.dropout,
             keep=keep, decay=decay, block=block,
         )  # fmt: skip
-
-    def joined(self, y_BHTK: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """Heads side by side, and the output projection: (B, T, D)."""
-        y_BTE = ctx.tap("mixed", self.inner_norm(y_BHTK.transpose(1, 2).flatten(-2)))
-        return ctx.tap("out", self.out(y_BTE))
 
     def mix(
         self,
@@ -151,7 +110,7 @@ class Own(NamedTuple):
     fresh: tuple[torch.Tensor, torch.Tensor]
 
 
-class SelfAttention(_Softmax):
+class SelfAttention(SoftmaxHeads):
     """What self-attentions share: positions, masks, and the cache of what each token has once."""
 
     rings = True
@@ -208,8 +167,7 @@ class SoftmaxAttention(SelfAttention):
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__(spec, site)
-        sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
-        self.qkv = site.linear(site.width, sizes, ("q", "k", "v"), bias=spec.bias != "none")
+        self.qkv = self.fused(site)
 
     def forward(
         self,
@@ -241,11 +199,7 @@ class SoftmaxAttention(SelfAttention):
 
     def own(self, x_BTD: torch.Tensor, ctx: Context, state: PartState | None) -> Own:
         """What this layer's own projections and its cache give."""
-        q, k, v = self.qkv(x_BTD).split((self.H * self.K, self.G * self.K, self.G * self.K), -1)
-        q, k, v = self.heads(q, self.H), self.heads(k, self.G), self.heads(v, self.G)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = ctx.tap("q", q), ctx.tap("k", k), ctx.tap("v", v)
+        q, k, v = self.projected(x_BTD, ctx)
         plain_q, fresh = q, (k, v)
         rotation = None if self.position is None else ctx.rotation(self.position)
         if rotation is not None:
@@ -258,7 +212,7 @@ class SoftmaxAttention(SelfAttention):
         return y_BHTK
 
 
-class CrossAttention(_Softmax):
+class CrossAttention(SoftmaxHeads):
     """Attention from the stream to the context's memory. Decode state: its keys and values, computed once."""
 
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:

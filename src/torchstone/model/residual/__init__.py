@@ -18,7 +18,7 @@ from torchstone.model.context import Context
 from torchstone.model.site import Initialise, Site
 from torchstone.spec import PartSpec, lazy_parts
 
-__all__ = ["Residual", "ResidualSpec", "normal"]
+__all__ = ["Residual", "ResidualSpec", "normal", "xavier"]
 
 __getattr__ = lazy_parts(__name__)
 
@@ -28,15 +28,21 @@ class ResidualSpec(PartSpec):
 
     family: ClassVar[str] = "residual"
     default_kind: ClassVar[str] = "pre"
-    inner_norm: ClassVar[bool] = False
-    """Whether sublayers get a norm before their output projection."""
-
     std: float = Field(0.02, gt=0, le=10)
     """Standard deviation of initial weights."""
 
     def init(self, depths: tuple[int, int], side: Literal["encoder", "decoder"]) -> Initialise:
         """The rule that a weight of a given role starts by, in a stack of these depths (encoder, decoder)."""
         return normal(self.std)
+
+    def rule(self, site: Site) -> Initialise:
+        """The rule at one site, for kinds whose theory tells a cross-attention, or what stands outside layers, apart
+        from the rest."""
+        return self.init(site.depths, "decoder" if site.causal else "encoder")
+
+    def inner_norm(self, site: Site, width: int) -> nn.Module:
+        """What a sublayer passes its channels (..., width) through before its output projection."""
+        return nn.Identity()
 
     def build(self, site: Site, before_linear: bool = True) -> Residual:
         """The join around one sublayer."""
@@ -73,6 +79,16 @@ def normal(std: float, outputs: float = 1.0) -> Initialise:
 
     def rule(weight: torch.Tensor, role: str, generator: torch.Generator) -> None:
         nn.init.normal_(weight, 0.0, std * (outputs if role in ("out", "down") else 1.0), generator=generator)
+
+    return rule
+
+
+def xavier(gain: float) -> Initialise:
+    """Normal with variance ``2 / (inputs + outputs)`` of a slice (Glorot and Bengio 2010), times ``gain^2`` for all
+    roles but "q", "k" and "router", which make scores."""
+
+    def rule(weight: torch.Tensor, role: str, generator: torch.Generator) -> None:
+        nn.init.xavier_normal_(weight, 1.0 if role in ("q", "k", "router") else gain, generator=generator)
 
     return rule
 
