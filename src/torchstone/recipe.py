@@ -105,6 +105,9 @@ class TrainerSpec(Spec):
     """Micro-batches in one step."""
     clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null never clips."""
+    clip_norm: Literal["total", "sparse"] = "total"
+    """Norm that is clipped: of all gradients, or with those of E experts over sqrt(E), so that more experts do not
+    shrink the rest (SparseClip, in the code of Chi et al. 2022, arXiv 2204.09179)."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Type of matrix products; parameters and optimiser state are float32 either way. auto takes bf16 where the device
     multiplies in it, and records what it took."""

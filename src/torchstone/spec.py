@@ -60,6 +60,7 @@ FAMILIES: dict[str, str] = {
     "optimizer": "torchstone.train.optimizers",
     "position": "torchstone.model.position",
     "residual": "torchstone.model.residual",
+    "router": "torchstone.model.feedforward.router",
     "scaling": "torchstone.model.position.scaling",
     "schedule": "torchstone.train.schedules",
     "stack": "torchstone.model.stack",

@@ -52,7 +52,7 @@ def _shared_kv(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     return 2 * D * H * K + bias + of(layer.norm)(layer.norm, K) * spec.qk_norm
 
 
-def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int) -> int:
+def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int, V: int) -> int:
     """One norm, keys and values."""
     layer = layers[-1]
     attention: Any = layer.attention
@@ -71,7 +71,26 @@ def _mla(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     return of_q + of_kv + spec.heads * spec.v_dim * D
 
 
-def _gated(spec: Any, D: int) -> int:
+def _router(spec: Any, D: int, E: int, V: int) -> int:
+    if spec.kind == "cosine":
+        C = spec.dim or max(2, E // 2)
+        return C * (D + E) + 1
+    if spec.kind == "stable":
+        return E * D + spec.dim * (V + E)
+    return 0 if spec.kind == "hash" and spec.gating == "even" else E * D
+
+
+def _moe_hidden(spec: Any, D: int) -> int:
+    usual = 8 * D / 3 if spec.gated else 4 * D
+    return spec.hidden or -(-int(-(-usual // 1)) // (8 * (spec.active + spec.shared))) * 8
+
+
+def _moe(spec: Any, D: int, V: int) -> int:
+    one = (3 if spec.gated else 2) * D * _moe_hidden(spec, D)
+    return (spec.experts + spec.shared) * one + of(spec.router)(spec.router, D, spec.experts, V)
+
+
+def _gated(spec: Any, D: int, V: int = 0) -> int:
     F = spec.hidden or (8 * D // 3 + 31) // 32 * 32
     return 3 * D * F + (2 * F + D) * spec.bias
 
@@ -124,6 +143,9 @@ def _of_mla(spec: Any, D: int, memory: int | None) -> list[Projection]:
 
 
 def _of_ffn(spec: Any, D: int) -> list[Projection]:
+    if spec.kind == "moe":  # those of shared experts; banks of experts have none of their own
+        F = spec.shared * _moe_hidden(spec, D)
+        return [(D, F, "up"), (F, D, "down"), *([(D, F, "gate")] if spec.gated else [])] if F else []
     F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
     return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
 
@@ -148,9 +170,11 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "shared_kv"): _shared_kv,
     ("attention", "mla"): _mla,
     ("attention", "dilated"): _softmax,
-    ("ffn", "mlp"): lambda spec, D: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
+    ("ffn", "mlp"): lambda spec, D, V: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,
+    ("ffn", "moe"): _moe,
+    **{("router", kind): _router for kind in ("topk", "sigmoid_bias", "cosine", "hash", "stable")},
     # what a kind adds to the matrices of projections
     ("linear", "dense"): lambda spec, projections: 0,
     ("linear", "lora"): lambda spec, projections: sum(
@@ -183,12 +207,12 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("head", "classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.pooler,
     ("head", "token_classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.transform,
     # what a stack has besides its layers
-    ("stack", "plain"): lambda spec, layers, D: 0,
+    ("stack", "plain"): lambda spec, layers, D, V: 0,
     ("stack", "yoco"): _yoco,
-    ("stack", "hysparse"): lambda spec, layers, D: 0,
-    ("stack", "longmem"): lambda spec, layers, D: _side(spec, layers, D),
-    ("stack", "lazy"): lambda spec, layers, D: 0,
-    ("stack", "tim"): lambda spec, layers, D: 0,
+    ("stack", "hysparse"): lambda spec, layers, D, V: 0,
+    ("stack", "longmem"): lambda spec, layers, D, V: _side(spec, layers, D, V),
+    ("stack", "lazy"): lambda spec, layers, D, V: 0,
+    ("stack", "tim"): lambda spec, layers, D, V: 0,
 }
 
 
@@ -204,31 +228,32 @@ def _mechanisms(layer: LayerSpec) -> int:
     return layer.block.mechanisms if layer.block.kind == "mechanisms" else 1
 
 
-def of_layer(layer: LayerSpec, D: int, memory: bool) -> int:
-    """Parameters of one layer of width D, whose memory, if it has one, has that width too."""
+def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
+    """Parameters of one layer of width D, whose memory, if it has one, has that width too; of V token ids."""
     if layer.block.kind == "mechanisms":
-        return _layer_of_mechanisms(layer, D, memory)
+        return _layer_of_mechanisms(layer, D, memory, V)
     around, _, inside = of(layer.residual)(layer.residual)
     joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
     total = joins * around * of(layer.norm)(layer.norm, D)
     total += attentions * of(layer.attention)(layer.attention, layer, D, None)
     total += crosses * of(layer.attention)(layer.attention, layer, D, D)
-    total += ffns * of(layer.ffn)(layer.ffn, D)
+    total += ffns * of(layer.ffn)(layer.ffn, D, V)
     of_attention = ATTENTION_PROJECTIONS[layer.attention.kind]
     projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
     written = [inputs for inputs, _, role in projections if role in ("out", "down")]
+    written += [_moe_hidden(layer.ffn, D)] * ffns if layer.ffn.kind == "moe" else []  # one for all chosen experts
     total += sum(inside * of(layer.norm)(layer.norm, inputs) for inputs in written)
     projections += crosses * of_attention(layer.attention, D, D)
     return total + of(layer.linear)(layer.linear, projections)
 
 
-def _side(spec: Any, layers: Any, D: int) -> int:
+def _side(spec: Any, layers: Any, D: int, V: int) -> int:
     """A side network: every so many layers one like the last of them, and a gate for each head of one layer."""
     own = layers[spec.reduction - 1 :: spec.reduction]
-    return sum(of_layer(layer, D, False) for layer in own) + own[spec.beside(len(layers))].attention.heads
+    return sum(of_layer(layer, D, False, V) for layer in own) + own[spec.beside(len(layers))].attention.heads
 
 
-def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool) -> int:
+def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     """M layers of width W with their heads and hidden units shared out, M logits, M communications."""
     block: Any = layer.block
     M, W = block.mechanisms, D // block.mechanisms
@@ -236,7 +261,7 @@ def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool) -> int:
     attention = layer.attention.model_copy(update={name: n // M for name, n in fields.items() if n is not None})
     ffn = layer.ffn.model_copy(update={"hidden": layer.ffn.hidden // M} if layer.ffn.hidden else {})
     one = layer.model_copy(update={"attention": attention, "ffn": ffn, "block": resolve("block", "sequential")()})
-    total = M * of_layer(one, W, memory) + (D + M) * (block.competition != "none")
+    total = M * of_layer(one, W, memory, V) + (D + M) * (block.competition != "none")
     if block.communication is not None:
         E = block.communication.heads * (block.communication.head_dim or min(32, W))
         around, _, inside = of(layer.residual)(layer.residual)
@@ -254,7 +279,7 @@ def parameters(spec: TransformerSpec) -> int:
     for side in ("encoder", "decoder"):
         layers, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
         plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
-        total += sum(of_layer(layer, D, memory) for layer in plan)
+        total += sum(of_layer(layer, D, memory, V) for layer in plan)
         if plan:
             _, final, _ = of(plan[-1].residual)(plan[-1].residual)
             total += final * of(plan[-1].norm)(plan[-1].norm, D)
@@ -263,5 +288,5 @@ def parameters(spec: TransformerSpec) -> int:
                 heads if plan[0].position.gives == "bias" else [(0, 0, 0)]
             ):  # each sort of heads has a module
                 total += of(plan[0].position)(plan[0].position, E, H, spec.context)
-            total += of(spec.stack)(spec.stack, layers, D)
+            total += of(spec.stack)(spec.stack, layers, D, V)
     return total

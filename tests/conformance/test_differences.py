@@ -119,7 +119,8 @@ def test_mixers_work_alone_in_a_strangers_module(family: str) -> None:
     for name, fields in variants(family).items():
         fields = dict(fields)
         spec = validate(resolve(family, fields.pop("kind")), fields, name)
-        takes_part(spec.build(Site(width=32)))
+        if not getattr(spec, "reads_ids", False):  # a stranger's module hands on no token ids
+            takes_part(spec.build(Site(width=32)))
 
 
 def test_norms_work_alone_in_a_strangers_module() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 
 from conformance.cases import FAMILIES, Case
 from conformance.checks import drawn_ids, same
-from conformance.variants import variants
+from conformance.variants import EXPERTS, layout, layouts, variants
 from torchstone.keys import Key
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
@@ -49,7 +50,9 @@ def every(family: str) -> list[tuple[str, str]]:
     return [(family, kind) for kind in kinds(family)]
 
 
-@pytest.mark.parametrize(("family", "kind"), [pair for family in (*FAMILIES, "scaling") for pair in every(family)])
+@pytest.mark.parametrize(
+    ("family", "kind"), [pair for family in (*FAMILIES, "scaling", "router") for pair in every(family)]
+)
 def test_kind_agrees_with_its_independent_definition(family: str, kind: str) -> None:
     assert (family, kind) in ORACLES, f"{family} {kind} has no oracle in {__file__}"
     ORACLES[family, kind]()
@@ -545,6 +548,89 @@ def norms(kind: str) -> None:
         for b, t in product(range(2), range(3)):
             wanted = normed(spec, array(x[b, t]), state.get("weight"), state.get("bias"))
             same(m(x)[b, t], torch.from_numpy(wanted), str(spec))
+
+
+def experts_by_hand(spec: Any, module: Any, x_ND: np.ndarray, ids_N: list[int]) -> np.ndarray:
+    """Token by token and expert by expert; eq. 9 of Dai et al. 2024."""
+    out, E = np.zeros_like(x_ND), spec.experts
+    up, down = (np.split(array(bank.weight), E) for bank in (module.up, module.down))
+
+    def network(x: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+        h = torch.from_numpy(up @ x)
+        if spec.gated:
+            gate, h = h.chunk(2)
+            h = mapped(spec.activation, gate) * h
+        else:
+            h = mapped(spec.activation, h)
+        return down @ h.numpy()
+
+    for n, x in enumerate(x_ND):
+        for e, gate in chosen_by_hand(spec, module.router, x, ids_N[n]).items():
+            out[n] += gate * network(x, up[e], down[e])
+        if spec.shared:
+            out[n] += network(x, array(module.shared.up.weight), array(module.shared.down.weight))
+    return out
+
+
+def chosen_by_hand(spec: Any, module: Any, x: np.ndarray, id: int) -> dict[int, float]:
+    """The experts of one token with their gates, from the equations of each router's paper."""
+    router, E, K = spec.router, spec.experts, spec.active
+    state = {name: array(value) for name, value in module.state_dict().items()}
+
+    def sigmoid(z: Any) -> Any:
+        return 1 / (1 + np.exp(-z))
+
+    if router.kind == "hash":
+        bits = [int(noise.bits(noise.mix(torch.tensor(id), router.seed), E)[e]) for e in range(E)]
+        best = sorted(range(E), key=lambda e: -bits[e])[:K]
+        return {e: 1 / K if router.gating == "even" else float(sigmoid(state["weight"][e] @ x)) for e in best}
+    if router.kind == "stable":
+        learned, small = state["weight"] @ x, state["distilled"] @ state["words"][id]
+        a = int((learned if module.training else small).argmax())
+        return {a: float(sigmoid(learned[a]))}
+    if router.kind == "cosine":
+        p = state["down"] @ x
+        score = np.array([e @ p / math.sqrt(e @ e) / math.sqrt(p @ p) for e in state["weight"]])
+        z = score / np.exp(state["log_temperature"])
+        gate = sigmoid(z) if router.gating == "sigmoid" else np.exp(z) / np.exp(z).sum()
+    else:
+        z = state["weight"] @ x
+        gate = sigmoid(z) if router.kind == "sigmoid_bias" else np.exp(z) / np.exp(z).sum()
+        score = gate + state.get("bias", 0)
+    G = router.groups
+    worth = [sorted(group)[-2:] if router.kind == "sigmoid_bias" else [max(group)] for group in np.split(score, G)]
+    kept = sorted(range(G), key=lambda g: -sum(worth[g]))[: router.keep_groups or G]
+    best = sorted((e for e in range(E) if e // (E // G) in kept), key=lambda e: -score[e])[:K]
+    total = sum(gate[e] for e in best) if router.normalise else 1.0
+    return {e: float(router.scale * gate[e] / total) for e in best}
+
+
+def experts_agree(fields: dict[str, Any], training: bool = True) -> None:
+    spec = validate(resolve("ffn", "moe"), {name: value for name, value in fields.items() if name != "kind"})
+    module = ready(spec.build(Site(width=32, vocabulary=61))).train(training)
+    if hasattr(module.router, "bias"):
+        module.router.bias.copy_(torch.linspace(-0.2, 0.3, spec.experts))
+    x, ids = drawn(2, 9, 32), drawn_ids(2, 9)
+    ctx = replace(Context.alone(x), q=Tokens.of(ids))
+    by_hand = experts_by_hand(spec, module, array(x.flatten(0, 1)), ids.flatten().tolist())
+    same(module(x, ctx)[0].flatten(0, 1), torch.from_numpy(by_hand), str(fields))
+
+
+@oracle("ffn", "moe")
+def _() -> None:
+    for fields in layouts().values():
+        experts_agree(fields)
+
+
+def routed(kind: str) -> None:
+    for fields in variants("router").values():
+        if fields["kind"] == kind:
+            for training in (True, False):
+                experts_agree(layout(fields, EXPERTS["shared"]), training)
+
+
+for _kind in kinds("router"):
+    ORACLES["router", _kind] = partial(routed, _kind)
 
 
 @oracle("norm", "rmsnorm")

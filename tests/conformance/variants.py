@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchstone.spec import kinds
+from torchstone.spec import kinds, resolve, validate
 
 _MLA = {"kv_latent": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
 VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
@@ -70,6 +70,13 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "relu2": {"activation": "relu2"},
     },
     ("ffn", "geglu"): {"tanh": {"activation": "gelu_tanh", "bias": True, "hidden": 40}},
+    ("ffn", "moe"): {"default": {"experts": 4, "hidden": 12}},
+    ("router", "topk"): {
+        "groups": {"groups": 2, "keep_groups": 1, "normalise": True, "group_balance": 0.1, "sequence_balance": 0.1},
+    },
+    ("router", "sigmoid_bias"): {"groups": {"groups": 2, "keep_groups": 1, "scale": 2.5, "balance": 0.1}},
+    ("router", "cosine"): {"sigmoid": {"gating": "sigmoid", "dim": 3, "normalise": True, "temperature": 0.5}},
+    ("router", "hash"): {"sigmoid": {"gating": "sigmoid", "seed": 3}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
     ("residual", "deepnorm"): {"set": {"alpha": 3.0, "beta": 0.5}},
@@ -131,6 +138,36 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
 VARIANTS["embedding", "patch"]["bare"] |= {"image": 8, "patch": 2, "channels": 2}
 
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "shared": {"experts": 6, "active": 3, "shared": 2, "hidden": 5},
+    "plain": {"gated": False, "activation": "relu", "experts": 6, "active": 3},
+    "capacity": {"capacity": 1.0, "shared": 1},
+    "all": {"experts": 4, "active": 4},
+}
+"""Layouts of experts that every router is tried with."""
+
+
+def layout(router: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Part data of a feed-forward of experts; a token has one expert where the router can choose no more."""
+    one = {"active": 1} if router["kind"] == "stable" else {}
+    return {"kind": "moe", **VARIANTS["ffn", "moe"]["default"], **fields, **one, "router": router}
+
+
+def layouts() -> dict[str, dict[str, Any]]:
+    """Every variant of every router with every layout of experts that it can choose from, by name."""
+    made = {
+        f"{name}_{experts}" if experts else name: layout(router, fields)
+        for name, router in variants("router").items()
+        for experts, fields in EXPERTS.items()
+    }
+    return {name: fields for name, fields in made.items() if not _illegal(**fields)}
+
+
+def _illegal(router: dict[str, Any], experts: int, active: int = 2, **rest: Any) -> str | None:
+    return validate(resolve("router", router["kind"]), router).illegal(experts, active)  # type: ignore[attr-defined]
+
+
 def variants(family: str) -> dict[str, dict[str, Any]]:
     """Name -> part data of every variant of every kind of a family; the name of a default is its kind."""
     found = {}
@@ -138,6 +175,10 @@ def variants(family: str) -> dict[str, dict[str, Any]]:
         forms = {"default": {}, **VARIANTS.get((family, kind), {})}
         for name, fields in forms.items():
             found[kind if name == "default" else f"{kind}_{name}"] = {"kind": kind, **fields}
+    if family == "ffn":
+        # the full product of routers and layouts has tests of its own
+        found |= {f"moe_{kind}": layout({"kind": kind}, {}) for kind in kinds("router") if kind != "topk"}
+        found["moe_shared"] = layout(variants("router")["sigmoid_bias_groups"], {**EXPERTS["shared"], "experts": 8})
     if family == "position":
         for name, scaling in variants("scaling").items():
             found[f"rotary_{name}"] = {"kind": "rotary", "scaling": scaling}

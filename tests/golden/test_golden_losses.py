@@ -94,6 +94,10 @@ def cases() -> dict[str, dict[str, Any]]:
                 made[name] = {family: {"kind": kind, **MORE.get(family, {}), **MORE.get(name, {})}}
             elif family == "scaling":
                 made[name] = {"model": {"position": {"kind": "rotary", "scaling": variants("scaling")[kind]}}}
+            elif family == "router":
+                active = 1 if kind == "stable" else 2
+                router = variants("router")[kind]
+                made[name] = {"model": {"ffn": {"kind": "moe", "experts": 4, "active": active, "router": router}}}
             else:
                 heads = {"heads": 2} if family == "attention" else {}
                 made[name] = {"model": {family: {**heads, **variants(family)[kind]}}}

@@ -49,6 +49,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "lazy": {**WIDE, "attention": {"heads": 4}, "stack": "lazy"},
     "tim": {**WIDE, "attention": {"heads": 4}, "stack": {"kind": "tim", "plain_first": 0, "plain_last": 1}},
     "longmem": {**WIDE, "attention": {"heads": 4}, "stack": "longmem"},
+    "experts": {
+        **WIDE,
+        "attention": {"heads": 4},
+        "ffn": {"kind": "moe", "experts": 4, "shared": 1, "hidden": 16, "router": "sigmoid_bias"},
+    },
     "dropout": {**WIDE, "attention": {"heads": 4}, "dropout": 0.2},
     "masked": {**WIDE, "attention": {"heads": 4}, "causal": False, "head": "mlm"},
 }

@@ -39,7 +39,7 @@ from torchstone.interop.hf import TorchstoneCache, TorchstoneConfig, TorchstoneF
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-DECODERS = ["grouped-rotary", "window", "window-in-one-layer", "alibi", "t5", "learned", "untied-softcap"]
+DECODERS = ["grouped-rotary", "window", "window-in-one-layer", "alibi", "t5", "learned", "untied-softcap", "experts"]
 STATES = ["retention", "mla", "dilated", "xpos", "yoco", "hysparse", "lazy", "tim", "longmem"]
 """Decoders whose state, or what their layers share, is of another kind than a softmax attention's."""
 TEXTS = ["abc de", "a", "fgh ij abcde"]

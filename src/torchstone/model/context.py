@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from torchstone.model.position import Rotation
     from torchstone.ops.attention import Decay
 
-__all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux"]
+__all__ = ["Aux", "Context", "Handoff", "Memory", "add_aux", "aux_of"]
 
 Aux = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name -> (sum, count), both scalars or vectors of one shape: balance losses, expert counts. Names that end in
-``_loss`` are added to the objective, and their count is the number of valid tokens."""
+``_loss`` are added to the objective, and their count is the number of valid tokens. Sums of equal names are added up
+over layers, but for names that begin with a colon, which are a layer's own: "decoder.layers.3:load.0" once they leave
+the model. What they come to over a training step, the layer's modules get in ``after_step``."""
 
 _T = TypeVar("_T")
 
@@ -40,6 +42,16 @@ def add_aux(a: Aux, b: Aux) -> Aux:
     for name, (total, count) in b.items():
         merged[name] = (merged[name][0] + total, merged[name][1] + count) if name in merged else (total, count)
     return merged
+
+
+def aux_of(path: str, aux: Aux) -> Aux:
+    """`aux` as it leaves the module at `path`: names of a layer's own sums get the path before them."""
+    if not any(":" in name for name in aux):
+        return aux
+    return {
+        (path + name if name[0] == ":" else f"{path}.{name}" if ":" in name else name): pair
+        for name, pair in aux.items()
+    }
 
 
 @constant_for_compiler

@@ -57,6 +57,7 @@ class Site:
         positions: the stack's registry of position modules; None when a part is used alone.
         table_width: width of the embedding's vectors; None for that of the stream.
         group: which of several parts side by side this is; each has score biases of its own.
+        vocabulary: number of token ids; None where there are none, and for a part used alone.
     """
 
     width: int
@@ -74,6 +75,7 @@ class Site:
     positions: _Positions | None = None
     table_width: int | None = None
     group: int = 0
+    vocabulary: int | None = None
 
     @property
     def init(self) -> Initialise:
@@ -87,6 +89,12 @@ class Site:
         outs = (out,) if isinstance(out, int) else out
         names = (roles,) if isinstance(roles, str) else roles
         return self.linear_spec.build(d_in, outs, names, bias, self.init)
+
+    def bank(self, count: int, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...]) -> nn.Module:
+        """`count` projections side by side, of the model's kind, for rows that are grouped by which they take."""
+        outs = (out,) if isinstance(out, int) else out
+        names = (roles,) if isinstance(roles, str) else roles
+        return self.linear_spec.bank(count, d_in, outs, names, self.init)
 
     def norm(self, width: int | None = None, before_linear: bool = False) -> nn.Module:
         """A norm of the model's kind; nothing where the linear that follows owns one."""
@@ -116,12 +124,15 @@ def initialise(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
     """Give every parameter its first value from a generator keyed by (seed, parameter name).
 
     Two models that differ in one part therefore agree bit for bit in every other parameter, on any device. A module
-    that has parameters of its own says how with ``initialise(name, parameter, generator)``.
+    that has parameters of its own says how with ``initialise(name, parameter, generator)``, and one that has buffers
+    with ``initialise_buffers()``.
 
     Raises:
         TypeError: a module has parameters and no `initialise`.
     """
     for path, module in model.named_modules():
+        if hasattr(module, "initialise_buffers"):
+            module.initialise_buffers()
         for name, parameter in module.named_parameters(recurse=False):
             full = parameter_name(".".join(part for part in (prefix, path, name) if part))
             if not hasattr(module, "initialise"):

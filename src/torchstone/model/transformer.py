@@ -19,7 +19,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.model.bank import Bank
-from torchstone.model.context import Aux, Context, Memory, add_aux
+from torchstone.model.context import Aux, Context, Memory, add_aux, aux_of
 from torchstone.model.embedding import EmbeddingSpec
 from torchstone.model.head import HeadSpec, VocabularyHead
 from torchstone.model.mask import BIDIRECTIONAL, CAUSAL, Mask
@@ -88,6 +88,11 @@ class TransformerSpec(LayerSpec, ModelSpec):
                     self._check(layer, number, side)
                 placed = self.stack.plan(plan, self.width, side == "decoder")
                 self._placed[side] = tuple(layer.spec for layer in placed)
+            fed = [layer.ffn for plan in self._placed.values() for layer in plan if layer.ffn.reads_ids]
+            if fed and not self.embedding.of_tokens:
+                raise TorchstoneError(
+                    f"ffn {fed[0].kind}: chooses by token ids, and embedding {self.embedding.kind} has none"
+                )
             if self.vocabulary is None and not self.embedding.of_tokens and self.head.over_vocabulary:
                 raise TorchstoneError(
                     f"head {self.head.kind}: needs a vocabulary, and embedding {self.embedding.kind} "
@@ -197,6 +202,7 @@ class Transformer(nn.Module):
             norm_spec=spec.norm,
             residual_spec=spec.residual,
             table_width=spec.embedding.table_width(spec.width),
+            vocabulary=spec.vocabulary if spec.embedding.of_tokens else None,
         )
         self.embedding = spec.embedding.build(base, spec.vocabulary)
         self.encoder = self.decoder = None
@@ -361,7 +367,8 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(inputs, ctx.q, stack.added(ctx.q.where), ctx, embeddings)
         stack.prepare(ctx)
         mine = None if parts is None else {path[len(side) + 1 :]: value for path, value in parts.items()}
-        return stack(x_BTD, ctx, mine, last)
+        x_BTD, aux = stack(x_BTD, ctx, mine, last)
+        return x_BTD, aux_of(side, aux)
 
     def encode(
         self,

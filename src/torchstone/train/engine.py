@@ -3,6 +3,10 @@
 One step: batches and their counts first, over all micro-batches and ranks; then for each micro-batch the terms'
 sums, each divided by its count and weighted, and a backward pass; then one move of the optimiser. Every random draw is
 a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the weights and its number.
+
+A module of the model may have ``before_step(step)``, called before step number `step` (from 0), and
+``after_step(step, sums)``, called after the optimiser moved, with its layer's own sums of the step over all
+micro-batches and ranks, by name.
 """
 
 from __future__ import annotations
@@ -143,6 +147,11 @@ class Trainer:
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
         self.carries: dict[int, Carry] = {}
         """What the model carries from step to step, by micro-batch; none where batches are no streams."""
+        modules = [(parameter_name(path), module) for path, module in self.model.named_modules()]
+        self._before = [module for _, module in modules if hasattr(module, "before_step")]
+        self._after = [(path, module) for path, module in modules if hasattr(module, "after_step")]
+        self._sums: dict[str, torch.Tensor] = {}
+        """What layers summed for themselves over the last step, by "path:name"."""
         self._signal: int | None = None
         self._saved: int | None = None
         # sums are taken in float64 where the device has it
@@ -202,13 +211,17 @@ class Trainer:
             for name, (total, count) in result.metrics.items():
                 old = metrics.get(name, (0, 0))
                 metrics[name] = (old[0] + total.detach(), old[1] + count)
-        self.mesh.sum_gradients(p.value for p in self.named)
+        # what a module has frozen since has no gradient on any rank, and its optimiser state must not move it
+        self.mesh.sum_gradients(p.value for p in self.named if p.value.requires_grad)
         values = self.mesh.sum(torch.stack([total.to(self._wide) for total in totals.values()]))
         row = dict(zip(totals, values.tolist(), strict=True))
         row["loss"] = sum(row.values()) if len(row) > 1 or "loss" not in row else row["loss"]
         for name, (total, count) in metrics.items():
             sums = total.to(self._wide).flatten(), count.to(self._wide).flatten().expand(total.numel())
             both = self.mesh.sum(torch.stack(sums))
+            if ":" in name:
+                self._sums[name] = both[0]
+                continue
             mean = both[0] / both[1].clamp(min=1)
             row[name] = mean.item() if mean.numel() == 1 else mean.tolist()
         if not math.isfinite(row["loss"]):
@@ -240,10 +253,12 @@ class Trainer:
         self.optim.zero_grad(set_to_none=True)
         factor = self.schedule.factor(self.step, self.spec.steps)
         set_factor(self.optim, factor)
+        for module in self._before:
+            module.before_step(self.step)
         batches = self.micro_batches(self.step)
         row: dict[str, Any] = self.gradients(batches, self.step)
         parameters = [p.value for p in self.named]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm()
         row["grad_norm"] = norm.item()
         if not math.isfinite(row["grad_norm"]):
             self._explain(batches, self.step, f"gradient norm {row['grad_norm']}")
@@ -253,12 +268,29 @@ class Trainer:
             self.optim.step()
         for carry in self.carries.values():
             carry.commit()
+        self._after_step()
         if self.ema is not None and self.spec.ema is not None:
             with torch.no_grad():
                 for p in self.named:
                     self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
         self.step += 1
         return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+
+    def _norm(self) -> torch.Tensor:
+        """The norm of the gradient that is clipped."""
+        grads = [(p.value.grad, p.experts) for p in self.named if p.value.grad is not None]
+        if self.spec.clip_norm == "total":
+            return torch.nn.utils.get_total_norm([grad for grad, _ in grads])
+        norms = [torch.linalg.vector_norm(grad) / experts**0.5 for grad, experts in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _after_step(self) -> None:
+        """Hand to each module that waits for it what its layer summed over the micro-batches and ranks of this step."""
+        for path, module in self._after:
+            pairs = ((name.partition(":"), value) for name, value in self._sums.items())
+            if own := {name: value for (layer, _, name), value in pairs if path.startswith(f"{layer}.")}:
+                module.after_step(self.step, own)
+        self._sums = {}
 
     def _explain(self, batches: list[Batch], step: int, what: str) -> None:
         """Find the first tensor that is not finite and say so.

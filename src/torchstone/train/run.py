@@ -91,7 +91,11 @@ def build_model(
     if there is not None and need > there:
         raise TorchstoneError(f"model: its weights take {need / 1e9:,.0f} GB, {device} has {there / 1e9:,.0f} GB")
     model = model.to_empty(device=device)
-    return model if seed is None else initialise(model, seed)
+    if seed is not None:
+        return initialise(model, seed)
+    for buffer in model.buffers():
+        buffer.zero_()  # what is there by chance may be no index
+    return model
 
 
 def load_weights(

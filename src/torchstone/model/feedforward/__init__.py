@@ -57,6 +57,11 @@ class FeedForwardSpec(PartSpec):
     hidden: int | None = Field(None, ge=1)
     """Width inside; None is the kind's usual multiple of the stream's width."""
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether it goes by token ids, which an embedding of other things has not."""
+        return False
+
     def illegal(self, layer: LayerSpec, width: int) -> str | None:
         """Why this kind cannot stand in a layer of these parts and this width; None if it can."""
         return None

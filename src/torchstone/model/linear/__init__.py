@@ -1,6 +1,7 @@
 """Linear: the projection type. A kind is two functions, of the input and of the weight, so that one module serves all.
 
-Shapes: ... any leading axes, I inputs, O outputs (the sum of the slices of a fused projection).
+Shapes: ... any leading axes, I inputs, O outputs (the sum of the slices of a fused projection), E projections of a
+bank, M rows.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchstone.model.site import Initialise
+from torchstone.ops.experts import Groups, grouped_product
 from torchstone.spec import PartSpec, lazy_parts
 
-__all__ = ["Linear", "LinearSpec"]
+__all__ = ["Linear", "LinearBank", "LinearSpec"]
 
 __getattr__ = lazy_parts(__name__)
 
@@ -40,6 +42,12 @@ class LinearSpec(PartSpec):
     def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
         """The module; a kind with parameters of its own builds its own. Arguments as of `Linear`."""
         return Linear(d_in, outs, roles, bias, self, init)
+
+    def bank(
+        self, count: int, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], init: Initialise
+    ) -> LinearBank:
+        """`count` projections side by side, for experts; arguments as of `LinearBank`."""
+        return LinearBank(count, d_in, outs, roles, self, init)
 
 
 class Linear(nn.Linear):
@@ -88,3 +96,47 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"
+
+
+class LinearBank(nn.Module):
+    """Projections side by side: rows that are sorted by the one that they take, times its matrix.
+
+    The matrices are one parameter (E * O, I), one below the other, so that whatever goes by slices, as first values and
+    Muon do, sees each slice of each of them.
+
+    Args:
+        count: E.
+        d_in, outs, roles, spec, init: of each, as of `Linear`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        d_in: int,
+        outs: tuple[int, ...],
+        roles: tuple[str, ...],
+        spec: LinearSpec,
+        init: Initialise,
+    ) -> None:
+        super().__init__()
+        self.count, self.out_features, self.spec, self.init = count, sum(outs), spec, init
+        self.slices, self.roles = outs * count, roles * count
+        self.weight = nn.Parameter(torch.empty(count * sum(outs), d_in))
+
+    def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        for part, role in zip(parameter.split(self.slices), self.roles, strict=True):
+            self.init(part, role, generator)
+
+    def forward(self, x_MI: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """(M, O); `groups` says which rows are whose."""
+        weight_EOI = self.weight.unflatten(0, (self.count, -1))
+        if type(self.spec).weight is not LinearSpec.weight:  # a kind's function is of one matrix
+            each = weight_EOI.unbind()
+            made = [self.spec.weight(w_OI) for w_OI in each]
+            if any(new is not old for new, old in zip(made, each, strict=True)):
+                weight_EOI = torch.stack(made)
+        return grouped_product(self.spec.input(x_MI), weight_EOI, groups)
+
+    def extra_repr(self) -> str:
+        each = "+".join(map(str, self.slices[: len(self.slices) // self.count]))
+        return f"{self.count} x {self.weight.shape[1]} -> {each}, {self.spec.kind}"

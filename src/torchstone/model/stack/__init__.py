@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchstone.model.attention import AttentionSpec
 from torchstone.model.block import Block, BlockSpec
 from torchstone.model.carry import Carry
-from torchstone.model.context import Aux, Context, Handoff, add_aux
+from torchstone.model.context import Aux, Context, Handoff, add_aux, aux_of
 from torchstone.model.feedforward import FeedForwardSpec
 from torchstone.model.linear import LinearSpec
 from torchstone.model.norm import NormSpec
@@ -207,5 +207,14 @@ class Stack(nn.Module):
         call = layer if ctx.taps is None else layer._call_impl
         if self.recompute and state is None and torch.is_grad_enabled():
             # dropout is a function of the context's key, so there is no random state to restore
-            return checkpoint(call, x_BTD, ctx, None, given, use_reentrant=False, preserve_rng_state=False)
-        return call(x_BTD, ctx, state, given)
+            x_BTD, handoff, aux = checkpoint(
+                call, x_BTD, ctx, None, given, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            x_BTD, handoff, aux = call(x_BTD, ctx, state, given)
+        return x_BTD, handoff, aux_of(self._path(layer), aux) if aux else aux
+
+    def _path(self, layer: nn.Module) -> str:
+        """Where a layer is: "layers.3", or in a list of another name that a stack has."""
+        lists = ((name, child) for name, child in self.named_children() if isinstance(child, nn.ModuleList))
+        return next(f"{name}.{i}" for name, child in lists for i, module in enumerate(child) if module is layer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchstone.model.linear import Linear
+from torchstone.model.linear import Linear, LinearBank
 from torchstone.model.site import parameter_name
 from torchstone.recipe import OptimizerSpec
 from torchstone.spec import lazy_parts
@@ -27,12 +27,14 @@ class NamedParameter:
         value: the parameter.
         slices: sizes along its first axis of the projections fused in it; one slice for others.
         hidden: whether it is the matrix of a projection inside the model, not an embedding, a head or a vector.
+        experts: how many experts' matrices it holds; 1 for all else.
     """
 
     name: str
     value: nn.Parameter
     slices: tuple[int, ...]
     hidden: bool
+    experts: int = 1
 
     @property
     def decays(self) -> bool:
@@ -49,10 +51,11 @@ def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> list[NamedPara
                 if not value.requires_grad or id(value) in found:
                     continue
                 full = parameter_name(".".join(step for step in (prefix, path, name) if step))
-                fused = isinstance(module, Linear) and name == "weight"
+                fused = isinstance(module, Linear | LinearBank) and name == "weight"
                 hidden = fused and not {"head", "embed"} & set(module.roles)
                 slices = module.slices if fused else (value.shape[0] if value.dim() else 1,)
-                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden)
+                experts = module.count if isinstance(module, LinearBank) else 1
+                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden, experts)
     return list(found.values())
 
 
