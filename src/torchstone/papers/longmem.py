@@ -323,7 +323,6 @@ _far.builds = (  # type: ignore[attr-defined]
     "torchstone.model.carry",
     "torchstone.data.facts",
     "torchstone.data.documents",
-    "torchstone.train.engine",
 )
 
 FAR = Claim(
