@@ -41,16 +41,19 @@ def test_model_of_experts_has_every_property(case: Experts) -> None:
             torch.set_default_dtype(torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_recomputed_activations_change_no_choice_and_no_sum_bit_for_bit(case: Experts) -> None:
     recomputation(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_are_finite_in_bfloat16(case: Experts) -> None:
     CHECKS["bfloat16"][0](case)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("case", [case for case in CASES if "shared" in case.layout], ids=str)
 def test_compiled_layer_of_experts_gives_the_same_values_gradients_and_sums(case: Experts) -> None:

@@ -177,7 +177,7 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
     )
 
 
-LONG = {"compare.md", "evaluate.md", "longmem.md", "structured-prompting.md"}
+LONG = {"compare.md", "evaluate.md", "getting-started.md", "longmem.md", "reproduce.md", "structured-prompting.md"}
 """Documents whose blocks take more than some seconds each."""
 
 

@@ -62,7 +62,7 @@ def test_building_a_softmax_model_imports_no_other_attention_and_no_other_positi
         prefix = f"torchstone.model.{family}."
         files = {name.removeprefix(prefix) for name in loaded if name.startswith(prefix)}
         usual = {
-            "attention": {"softmax"}, "position": {"rotary", "scaling"}, "feedforward": {"swiglu", "_gated"},
+            "attention": {"softmax", "_heads"}, "position": {"rotary", "scaling"}, "feedforward": {"swiglu", "_gated"},
             "residual": {"pre"}, "norm": {"rmsnorm"}, "linear": {"dense"}, "block": {"sequential"}, "stack": {"plain"},
         }[family]  # fmt: skip
         assert files == usual, family
