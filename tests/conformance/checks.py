@@ -299,7 +299,7 @@ def recomputation(case: Case) -> None:
         output = model(inputs(case), key=Key(5).tensor(), **with_memory(case))
         loss = loss_of(output)
         loss.backward()
-        gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         seen.append(
             {"loss": loss.detach(), **gradient, **{f"aux {n}": t for n, pair in output.aux.items() for t in pair}}
         )
