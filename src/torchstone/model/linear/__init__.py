@@ -36,8 +36,12 @@ class LinearSpec(PartSpec):
         return x
 
     def weight(self, w_OI: torch.Tensor) -> torch.Tensor:
-        """The weight (O, I) as the product takes it."""
+        """The weight (O, I) of one slice as the product takes it."""
         return w_OI
+
+    def energy(self, d_in: int, d_out: int) -> tuple[float, float, float]:
+        """Multiplications and additions of floats, and additions of 8-bit whole numbers, of one product."""
+        return d_in * d_out, (d_in - 1) * d_out, 0.0
 
     def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
         """The module; a kind with parameters of its own builds its own. Arguments as of `Linear`."""
@@ -48,6 +52,15 @@ class LinearSpec(PartSpec):
     ) -> LinearBank:
         """`count` projections side by side, for experts; arguments as of `LinearBank`."""
         return LinearBank(count, d_in, outs, roles, self, init)
+
+
+def _by_slice(spec: LinearSpec, weight: torch.Tensor, slices: tuple[int, ...]) -> torch.Tensor:
+    """A fused weight as the product takes it: a kind's function is of one slice."""
+    if type(spec).weight is LinearSpec.weight:
+        return weight
+    each = weight.split(slices)
+    made = [spec.weight(w_OI) for w_OI in each]
+    return weight if all(new is old for new, old in zip(made, each, strict=True)) else torch.cat(made)
 
 
 class Linear(nn.Linear):
@@ -89,10 +102,10 @@ class Linear(nn.Linear):
 
     def merged(self) -> torch.Tensor:
         """The weight (O, I) of a plain projection that computes the same, where the kind is exact."""
-        return self.spec.weight(self.weight)
+        return _by_slice(self.spec, self.weight, self.slices)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.spec.input(x), self.spec.weight(self.weight), self.bias)
+        return F.linear(self.spec.input(x), _by_slice(self.spec, self.weight, self.slices), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"
@@ -129,12 +142,7 @@ class LinearBank(nn.Module):
 
     def forward(self, x_MI: torch.Tensor, groups: Groups) -> torch.Tensor:
         """(M, O); `groups` says which rows are whose."""
-        weight_EOI = self.weight.unflatten(0, (self.count, -1))
-        if type(self.spec).weight is not LinearSpec.weight:  # a kind's function is of one matrix
-            each = weight_EOI.unbind()
-            made = [self.spec.weight(w_OI) for w_OI in each]
-            if any(new is not old for new, old in zip(made, each, strict=True)):
-                weight_EOI = torch.stack(made)
+        weight_EOI = _by_slice(self.spec, self.weight, self.slices).unflatten(0, (self.count, -1))
         return grouped_product(self.spec.input(x_MI), weight_EOI, groups)
 
     def extra_repr(self) -> str:
