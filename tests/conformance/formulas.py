@@ -57,14 +57,14 @@ def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int, V: int) -> int:
     layer = layers[-1]
     attention: Any = layer.attention
     G, K = attention.kv_heads or attention.heads, attention.head_dim or D // attention.heads
-    norms = of(layer.norm)(layer.norm, D) + of(layer.norm)(layer.norm, K) * attention.qk_norm
+    norms = _before(layer)(layer.norm, D) + of(layer.norm)(layer.norm, K) * attention.qk_norm
     adapted = of(layer.linear)(layer.linear, [(D, G * K, "k"), (D, G * K, "v")])
     return norms + 2 * D * G * K + 2 * G * K * (attention.bias != "none") + adapted
 
 
 def _mla(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     """eqs. 9 to 17: W^DQ and its norm, W^UQ (or W^Q); W^DKV and its norm, W^KR; W^UK, W^UV; W^O."""
-    norm, queries = of(layer.norm), spec.heads * (spec.nope_dim + spec.rope_dim)
+    norm, queries = _before(layer), spec.heads * (spec.nope_dim + spec.rope_dim)
     q, C, R = spec.q_latent, spec.kv_latent, spec.rope_dim
     of_q = D * queries if q is None else D * q + norm(layer.norm, q) + q * queries
     of_kv = D * C + norm(layer.norm, C) + D * R + C * spec.heads * (spec.nope_dim + spec.v_dim)
@@ -180,6 +180,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("linear", "lora"): lambda spec, projections: sum(
         spec.rank * (inputs + outputs) for inputs, outputs, role in projections if role in spec.targets
     ),
+    ("linear", "bitlinear"): lambda spec, projections: 0,
     ("norm", "rmsnorm"): lambda spec, D: D * spec.gain,
     ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
     # norms around one sublayer, the final one, and those before output projections of all but cross-attentions
@@ -223,6 +224,20 @@ def of(spec: PartSpec) -> Formula:
     return FORMULAS[key]
 
 
+def _before(layer: LayerSpec) -> Formula:
+    """The formula of a norm before a projection: nothing where that has its own."""
+    return (lambda spec, D: 0) if layer.linear.owns_norm else of(layer.norm)
+
+
+def _around(layer: LayerSpec) -> tuple[int, int]:
+    """Norms around one sublayer, and inside, of a layer's residual; projections with a norm of their own take over
+    those before them."""
+    around, _, inside = of(layer.residual)(layer.residual)
+    if not layer.linear.owns_norm:
+        return around, inside
+    return around - (layer.residual.kind in ("pre", "sandwich", "subln")), 0
+
+
 def _mechanisms(layer: LayerSpec) -> int:
     """How many stand side by side in a layer."""
     return layer.block.mechanisms if layer.block.kind == "mechanisms" else 1
@@ -232,7 +247,7 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     """Parameters of one layer of width D, whose memory, if it has one, has that width too; of V token ids."""
     if layer.block.kind == "mechanisms":
         return _layer_of_mechanisms(layer, D, memory, V)
-    around, _, inside = of(layer.residual)(layer.residual)
+    around, inside = _around(layer)
     joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
     total = joins * around * of(layer.norm)(layer.norm, D)
     total += attentions * of(layer.attention)(layer.attention, layer, D, None)
@@ -264,7 +279,7 @@ def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     total = M * of_layer(one, W, memory, V) + (D + M) * (block.competition != "none")
     if block.communication is not None:
         E = block.communication.heads * (block.communication.head_dim or min(32, W))
-        around, _, inside = of(layer.residual)(layer.residual)
+        around, inside = _around(layer)
         adapted = of(layer.linear)(layer.linear, [(W, E, "q"), (W, E, "k"), (W, E, "v"), (E, W, "out")])
         norms = around * of(layer.norm)(layer.norm, W) + inside * of(layer.norm)(layer.norm, E)
         total += M * (4 * W * E + adapted + norms)

@@ -658,6 +658,28 @@ def _() -> None:
     same(m(x), y)
 
 
+@oracle("linear", "bitlinear")
+def _() -> None:
+    """Eqs. 1 to 5, 11 and 12 of BitNet, and 1 to 3 of b1.58, in numbers: slice by slice, group by group."""
+    for weights, norm, groups, bits in product(
+        ("ternary", "binary"), ("rmsnorm", "layernorm", "none"), (1, 4), (4, 8)
+    ):
+        spec = resolve("linear", "bitlinear")(weights=weights, norm=norm, groups=groups, act_bits=bits)
+        m = ready(Site(width=32, linear_spec=spec).linear(32, (5, 7), ("up", "gate"), bias=True))
+        x, Q, n = drawn(2, 3, 32), 2 ** (bits - 1) - 1, 32 // groups
+        y = np.zeros((2, 3, 12)) + array(m.bias)
+        for (at, to), g in product(((0, 5), (5, 12)), range(groups)):
+            w, h = array(m.weight)[at:to, g * n : (g + 1) * n], array(x)[..., g * n : (g + 1) * n]
+            if norm == "layernorm":
+                h = h - h.mean(-1, keepdims=True)
+            if norm != "none":
+                h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
+            gamma, beta = abs(h).max(-1, keepdims=True), abs(w).mean()
+            w = np.where(w >= w.mean(), 1, -1) if weights == "binary" else np.clip(np.round(w / beta), -1, 1)
+            y[..., at:to] += np.clip(np.round(h * Q / gamma), -Q, Q) @ w.T * beta * gamma / Q
+        same(m(x), torch.tensor(y), str(spec))
+
+
 # --------------------------------------------------------------------------- residual, block, stack, embedding, head
 
 

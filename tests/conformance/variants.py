@@ -77,6 +77,10 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("router", "sigmoid_bias"): {"groups": {"groups": 2, "keep_groups": 1, "scale": 2.5, "balance": 0.1}},
     ("router", "cosine"): {"sigmoid": {"gating": "sigmoid", "dim": 3, "normalise": True, "temperature": 0.5}},
     ("router", "hash"): {"sigmoid": {"gating": "sigmoid", "seed": 3}},
+    ("linear", "bitlinear"): {
+        "binary": {"weights": "binary", "norm": "layernorm"},
+        "outside": {"norm": "none", "act_bits": 4},
+    },
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
     ("residual", "deepnorm"): {"set": {"alpha": 3.0, "beta": 0.5}},
