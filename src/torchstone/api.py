@@ -12,7 +12,7 @@ from torch import nn
 
 from torchstone.errors import TorchstoneError
 from torchstone.model import ModelSpec
-from torchstone.model.measure import measure
+from torchstone.model.measure import energy, measure
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Part, PartSpec, Spec, resolve, validate
 from torchstone.train.run import RunFolder, build_model, shape_of
@@ -304,7 +304,7 @@ def reproduce(
 def inspect(
     what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Counts of a recipe, a run or a preset, on the meta device: parameters, state, arithmetic, memory to train.
+    """Counts of a recipe, a run or a preset, on the meta device: parameters, state, arithmetic, energy, memory to train.
 
     Raises:
         TorchstoneError: neither a run nor a recipe nor a preset.
@@ -315,11 +315,17 @@ def inspect(
     if recipe.adapt is not None:
         recipe.adapt.prepare(model)
     context: Any = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
-    counts = measure(model, context, torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32
+    counts = measure(model, context, dtype)
     from torchstone.train.memory import training_memory
 
     memory = training_memory(recipe)
-    return {"model": spec.kind, **asdict(counts), "training_bytes": {**asdict(memory), "peak": memory.peak}}
+    return {
+        "model": spec.kind,
+        **asdict(counts),
+        "energy_per_token": asdict(energy(model, dtype)),
+        "training_bytes": {**asdict(memory), "peak": memory.peak},
+    }
 
 
 def _is_preset(name: str) -> bool:

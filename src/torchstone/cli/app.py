@@ -283,10 +283,10 @@ def import_(
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; not there yet, or empty.")],
-    to: Annotated[str, typer.Option("--to", help="hf, a layout (llama, bert, ...), torchstone, or peft.")] = "hf",
+    to: Annotated[str, typer.Option("--to", help="hf, a layout (llama, bert, ...), torchstone, peft or packed.")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default that of the run.")] = None,
 ) -> None:
-    """Write a run in another library's form."""
+    """Write a run in another library's form, or pack a run of bitlinear projections."""
     from torchstone.api import load
 
     layout = load(run).export(out, to, dtype)
@@ -388,7 +388,8 @@ def inspect(
     for name, value in result.items():
         if isinstance(value, dict):
             for part, size in value.items():
-                shown = "unknown" if size is None else f"{size / 2**20:,.1f} MiB"
+                unit = f"{size:,.0f} pJ" if name == "energy_per_token" else None
+                shown = "unknown" if size is None else unit or f"{size / 2**20:,.1f} MiB"
                 print(f"{name}.{part:<12} {shown}")
         else:
             shown = f"{value:,.0f}" if isinstance(value, int | float) else value

@@ -1,8 +1,9 @@
-"""Export: a run becomes a checkpoint that other libraries read.
+"""Export: a run becomes a checkpoint that other libraries read, or a run that is packed.
 
     export_run(run, "out", to="hf")      # a published layout where one fits, else our own with `auto_map`
     export_run(run, "out", to="qwen3")   # that layout or an error
     export_run(run, "out", to="peft")    # the low-rank updates of an adapted run, as PEFT stores them
+    export_run(run, "out", to="packed")  # a run whose bitlinear projections take 1 or 2 bits a weight
 
 Tensors go from file to file one at a time. A LoRA that is not exported as such is merged into the weights.
 """
@@ -21,8 +22,10 @@ import torch
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.files import full_disk, read_json, write_json
 from torchstone.interop.layout import Layout, find_layout, layouts
+from torchstone.interop.packing import packed_spec, write_packed
 from torchstone.interop.peft import adapter
 from torchstone.interop.source import COMPANIONS
+from torchstone.model.linear.bitlinear import PackedBitLinear
 from torchstone.model.linear.lora import LoraLinear
 from torchstone.model.transformer import TransformerSpec
 from torchstone.spec import validate
@@ -51,7 +54,7 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
     Args:
         run: with weights.
         out: a folder that is not there, or empty.
-        to: "hf", a published layout by its model_type, "torchstone" (our own form with `auto_map`), or "peft".
+        to: "hf", a published layout by its model_type, "torchstone" (our own form with `auto_map`), "peft", or "packed".
         dtype: fp32, bf16 or fp16; None keeps that of the run's file.
 
     Returns:
@@ -62,7 +65,7 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
             written then.
     """
     run.require()
-    allowed = ("hf", "torchstone", "peft", *layouts())
+    allowed = ("hf", "torchstone", "peft", "packed", *layouts())
     if to not in allowed:
         raise TorchstoneError(f"export: no form {to!r}{nearest(to, allowed)}; forms: {', '.join(allowed)}")
     if dtype is not None and dtype not in DTYPES:
@@ -80,9 +83,14 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
     for _ in file:  # compares with the checksum before anything is written
         pass
     kept = file.dtype if dtype is None else DTYPES[dtype]
+    if to != "packed" and any(isinstance(module, PackedBitLinear) for module in shape_of(spec).modules()):
+        raise TorchstoneError("export: a packed run has no other form; export the run that it was packed from")
     plain, get = _merged(spec, file)
-    layout = None if to in ("torchstone", "peft") else _layout(run, plain, to)
-    if to == "peft":
+    layout = None if to in ("torchstone", "peft", "packed") else _layout(run, plain, to)
+    if to == "packed":
+        packed = packed_spec(spec)
+        write = lambda work: write_packed(work, run, packed, file, kept)  # noqa: E731
+    elif to == "peft":
         body, tensors = adapter(run, spec, file, _base_layout(run, plain))
         write = lambda work: _write_adapter(work, body, tensors, kept)  # noqa: E731
     elif layout is None:
@@ -104,7 +112,7 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return to if to == "peft" else "torchstone" if layout is None else layout.model_type
+    return to if to in ("peft", "packed") else "torchstone" if layout is None else layout.model_type
 
 
 def fitting_layout(spec: TransformerSpec, first: str | None = None) -> Layout | None:

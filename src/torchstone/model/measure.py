@@ -1,16 +1,20 @@
-"""What a model costs: parameters, decode state, arithmetic. Counted on any device, the meta device too.
+"""What a model costs: parameters, decode state, arithmetic, energy. Counted on any device, the meta device too.
 
 FLOPs are multiply-adds times two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-__all__ = ["Measures", "measure"]
+from torchstone.model.linear import Linear, LinearBank, LinearSpec
+from torchstone.spec import resolve
+
+__all__ = ["Energy", "Measures", "energy", "measure"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Measures:
         flops_per_token: forward and backward, averaged over a sequence of `context` tokens.
         decode_flops_per_token: forward of one token after `context` others.
         context: tokens of that sequence.
+        weight_bytes: of all parameters and persistent buffers, parameters in the dtype asked.
+        packed_weight_bytes: the same after `export --to packed`, which leaves most models as they are.
     """
 
     parameters: int
@@ -38,11 +44,66 @@ class Measures:
     flops_per_token: float
     decode_flops_per_token: float
     context: int
+    weight_bytes: int
+    packed_weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Picojoules that the products of one token with weights take, multiplications and additions, by the process that a
+    chip is made in."""
+
+    multiply_7nm: float
+    add_7nm: float
+    multiply_45nm: float
+    add_45nm: float
+
+
+_PICOJOULES: dict[str, dict[str, tuple[float, float]]] = {
+    "7nm": {"fp32": (1.31, 0.38), "fp16": (0.34, 0.16), "int8": (0.07, 0.007)},
+    "45nm": {"fp32": (3.7, 0.9), "fp16": (1.1, 0.4), "int8": (0.2, 0.03)},
+}
+"""Of a multiplication and an addition, as Wang et al. 2023 (arXiv 2310.11453, table 2) take them from Horowitz 2014 and
+Zhang et al. 2022."""
+
+
+def energy(model: nn.Module, dtype: torch.dtype = torch.float32) -> Energy:
+    """Estimate one token's energy as Wang et al. 2023 (arXiv 2310.11453, section 2.4) do: products with weights alone,
+    by their numbers of operations; memory, attention and norms are left out. Floats of 16 bits count as fp16."""
+    floats = "fp32" if dtype.itemsize >= 4 else "fp16"
+    multiplied = added = whole = 0.0
+    for d_in, d_out, times, spec in _products(model):
+        each = spec.energy(d_in, d_out)
+        multiplied, added, whole = (sum_ + times * n for sum_, n in zip((multiplied, added, whole), each, strict=True))
+    found: list[float] = []
+    for cost in _PICOJOULES.values():
+        found += [multiplied * cost[floats][0], added * cost[floats][1] + whole * cost["int8"][1]]
+    return Energy(*found)
+
+
+def _products(model: nn.Module) -> Iterator[tuple[int, int, float, LinearSpec]]:
+    """Inputs and outputs of every product of a token with weights, how often it is taken, and its kind."""
+    share: dict[nn.Module, float] = {}
+    for module in model.modules():
+        if idle := int(getattr(module, "inactive_parameters", 0)):
+            banks = [bank for bank in module.modules() if isinstance(bank, LinearBank)]
+            share |= dict.fromkeys(banks, 1 - idle / sum(bank.weight.numel() for bank in banks))
+    for module in model.modules():
+        if isinstance(module, LinearBank):
+            yield module.weight.shape[1], module.out_features, module.count * share.get(module, 1.0), module.spec
+        elif isinstance(spec := getattr(module, "spec", None), LinearSpec):
+            yield int(module.in_features), int(module.out_features), 1.0, spec  # type: ignore[arg-type]
+    table, head = getattr(model, "embedding", None), getattr(model, "head", None)
+    if head is not None and getattr(head, "out", head) is None and table is not None:
+        V, E = table.table().shape
+        yield E, V, 1.0, resolve("linear", "dense")()  # type: ignore[misc]
 
 
 def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.float32) -> Measures:
     """Count a model that will see sequences of `context` tokens, its decode state held in `dtype`."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    # weights in packed bytes are no parameters, and are multiplied with all the same
+    packed = sum(int(getattr(module, "packed_parameters", 0)) for module in model.modules())
+    total = packed + sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # a module with parts that a token may skip (experts) says how many of its parameters one token does not meet
     idle = sum(int(getattr(module, "inactive_parameters", 0)) for module in model.modules())
@@ -72,6 +133,7 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
         for slot in slots
         if slot.growth in ("ring", "recurrent")
     )
+    held = sum(p.numel() for p in model.parameters()) * dtype.itemsize + sum(b.nbytes for b in model.buffers())
     return Measures(
         trained,
         active,
@@ -82,7 +144,15 @@ def measure(model: nn.Module, context: int = 1024, dtype: torch.dtype = torch.fl
         3.0 * forward,
         decode,
         context,
+        held,
+        held + sum(_saved(module, dtype) for module in model.modules() if isinstance(module, Linear)),
     )
+
+
+def _saved(module: Linear, dtype: torch.dtype) -> int:
+    """Bytes that packing a projection adds: a number below zero, or 0 where there is no packed form."""
+    to = module.spec.packed_bytes(module.in_features, module.slices)
+    return 0 if to is None else to - module.weight.numel() * dtype.itemsize
 
 
 def _vectors(model: nn.Module) -> int:

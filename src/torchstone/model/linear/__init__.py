@@ -43,6 +43,10 @@ class LinearSpec(PartSpec):
         """Multiplications and additions of floats, and additions of 8-bit whole numbers, of one product."""
         return d_in * d_out, (d_in - 1) * d_out, 0.0
 
+    def packed_bytes(self, d_in: int, outs: tuple[int, ...]) -> int | None:
+        """Bytes of a weight in the form that `export --to packed` gives it; None where the kind has none."""
+        return None
+
     def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
         """The module; a kind with parameters of its own builds its own. Arguments as of `Linear`."""
         return Linear(d_in, outs, roles, bias, self, init)
