@@ -11,9 +11,10 @@ Shapes: ... any leading axes, N rows, I inputs, O outputs, G groups of inputs, n
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from torchstone.ops import forced_reference
-from torchstone.ops.bitlinear.packed import blocked_product, fused_product
+from torchstone.ops.bitlinear.packed import blocked_sums, code_sums, looped_sums
 from torchstone.ops.bitlinear.reference import (
     binary,
     bit_product_reference,
@@ -29,8 +30,9 @@ __all__ = [
     "binary",
     "bit_product",
     "bit_product_reference",
-    "blocked_product",
-    "fused_product",
+    "blocked_sums",
+    "code_sums",
+    "looped_sums",
     "pack",
     "packed_bytes",
     "quantise",
@@ -41,14 +43,14 @@ __all__ = [
 
 
 def bit_product(q_NGn: torch.Tensor, packed_OGJ: torch.Tensor, levels: int) -> torch.Tensor:
-    """Sums (N, O, G) of `q` times the weights of `levels` values in `packed`.
+    """Sums (N, O, G) of `q`, whole numbers of at most 8 bits, times the weights of `levels` values in `packed`.
 
-    Whole numbers, and exact in float32 while levels - 1 times the largest of `q` times n stays below 2^24, which are
-    66,000 inputs a group at 8 bits: then every order of summation gives the same. One row, compiled, is one loop over
-    the bytes; otherwise blocks of rows of the weights are unpacked one after the other.
+    Exact in float32 while 254 n stays below 2^24, which is 66,000 inputs a group: every order of summation then gives
+    the same.
     """
     if forced_reference():
         return bit_product_reference(q_NGn, packed_OGJ, levels)
-    if torch.compiler.is_compiling() and q_NGn.shape[0] == 1:
-        return fused_product(q_NGn, packed_OGJ, levels)
-    return blocked_product(q_NGn, packed_OGJ, levels)
+    bits, n = levels - 1, q_NGn.shape[-1]
+    q_NGm = F.pad(q_NGn.to(torch.int8), (0, 8 // bits * packed_OGJ.shape[-1] - n))
+    sums_NOG = code_sums(q_NGm, packed_OGJ, bits).to(q_NGn.dtype)
+    return (2 * sums_NOG if levels == 2 else sums_NOG) - q_NGn.sum(-1)[:, None]

@@ -1,52 +1,115 @@
-"""Products straight from packed bytes: a loop that a compiler makes one kernel of, and an operator for all else.
+"""Products straight from packed bytes, as one operator: a loop over the bytes for few rows on a CPU that has a C++
+compiler, and for all else blocks of outputs whose weights are unpacked one after the other.
 
-Shapes: N rows, O outputs, G groups of inputs, n inputs of a group, J bytes of n weights, P weights in a byte.
+Both sum codes, which are weights plus one or half of that, times inputs: what to take off is known without the weights.
+
+Shapes: N rows, O outputs, G groups of inputs, J bytes of the weights of a group, P weights in a byte, m = P J.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import ctypes
+import functools
+from collections.abc import Callable
 
-from torchstone.ops.bitlinear.reference import unpack
+import torch
+
+from torchstone.ops.bitlinear.reference import codes
+from torchstone.ops.compiler import compiler_works
 
 _BLOCK = 2**20
 """Weights that are unpacked at once."""
+_FEW = 4
+"""Rows up to which the loop over the bytes runs; it reads them once for each."""
+
+# Inputs lie as weights do, plane by plane of a byte, so that both are read side by side; compilers make integer dot
+# products of the loop where the processor has them.
+_SOURCE = r"""
+#include <cstdint>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")  // which torch.compile switches off for its own loops
+#endif
+
+template <int BITS>
+static void product(const uint8_t* w, const int8_t* q, int32_t* y, int64_t N, int64_t O, int64_t G, int64_t J) {
+    constexpr int P = 8 / BITS, MASK = (1 << BITS) - 1;
+    #pragma omp parallel for
+    for (int64_t row = 0; row < O * G; row++) {
+        const uint8_t* code = w + row * J;
+        for (int64_t i = 0; i < N; i++) {
+            const int8_t* x = q + (i * G + row % G) * P * J;
+            int32_t sums[P] = {};  // one for each plane, so that none waits for another
+            for (int64_t j = 0; j < J; j++) {
+                #pragma GCC unroll 8
+                for (int p = 0; p < P; p++)
+                    sums[p] += (uint8_t)((code[j] >> (BITS * p)) & MASK) * x[p * J + j];
+            }
+            int32_t sum = 0;
+            for (int p = 0; p < P; p++) sum += sums[p];
+            y[i * O * G + row] = sum;
+        }
+    }
+}
+
+extern "C" void bits_1(const uint8_t* w, const int8_t* q, int32_t* y, int64_t N, int64_t O, int64_t G, int64_t J) {
+    product<1>(w, q, y, N, O, G, J);
+}
+
+extern "C" void bits_2(const uint8_t* w, const int8_t* q, int32_t* y, int64_t N, int64_t O, int64_t G, int64_t J) {
+    product<2>(w, q, y, N, O, G, J);
+}
+"""
 
 
-def fused_product(q_NGn: torch.Tensor, packed_OGJ: torch.Tensor, levels: int) -> torch.Tensor:
-    """Sums (1, O, G) of one row. No weight is ever unpacked to memory once this is compiled.
+@functools.cache
+def _loops() -> tuple[Callable[..., None], ...] | None:
+    """The loop for 1 and for 2 bits, built as `torch.compile` builds its own and kept where that keeps them; None
+    without a compiler."""
+    if compiler_works() is not None:
+        return None
+    from torch._inductor.codecache import CppCodeCache  # here, because importing it takes seconds
 
-    A code under its mask is the code times a power of two, by which the input is divided beforehand: that is exact, and
-    spares the shift. Codes are weights plus one (or half of that), so the sum of the inputs comes off in the end.
+    library = CppCodeCache.load(_SOURCE)
+    for loop in (library.bits_1, library.bits_2):
+        loop.argtypes, loop.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4, None
+    return library.bits_1, library.bits_2
+
+
+def looped_sums(q_NGm: torch.Tensor, packed_OGJ: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """As `code_sums`, by the loop over the bytes on a CPU; None without a compiler."""
+    loops = _loops()
+    if loops is None:
+        return None
+    (O, G, J), N = packed_OGJ.shape, q_NGm.shape[0]
+    q_NGm, packed_OGJ = q_NGm.contiguous(), packed_OGJ.contiguous()
+    sums_NOG = torch.empty(N, O, G, dtype=torch.int32)
+    loops[bits - 1](packed_OGJ.data_ptr(), q_NGm.data_ptr(), sums_NOG.data_ptr(), N, O, G, J)
+    return sums_NOG
+
+
+def blocked_sums(q_NGm: torch.Tensor, packed_OGJ: torch.Tensor, bits: int) -> torch.Tensor:
+    """As `code_sums`, a block of outputs after the other, whose codes alone are unpacked."""
+    q_GNm, O = q_NGm.float().transpose(0, 1), packed_OGJ.shape[0]
+
+    blocks = [
+        q_GNm @ codes(packed_OGJ[at : at + rows], bits, torch.float32).permute(1, 2, 0) for at in range(0, O, rows)
+    ]
+    return torch.cat(blocks, -1).permute(1, 2, 0).to(torch.int32).contiguous()
+
+
+@torch.library.custom_op("torchstone::code_sums", mutates_args=())
+def code_sums(q_NGm: torch.Tensor, packed_OGJ: torch.Tensor, bits: int) -> torch.Tensor:
+    """Sums (N, O, G) in int32 of inputs in int8, in the order of codes, times codes of 1 or 2 bits.
+
+    A compiler takes it as it is, and so never unpacks weights that it holds for constants.
     """
-    bits = 1 if levels == 2 else 2
-    J = packed_OGJ.shape[-1]
-    q_PGJ = F.pad(q_NGn[0], (0, 8 // bits * J - q_NGn.shape[-1])).unflatten(-1, (-1, J)).transpose(0, 1)
-    # a compiler that takes weights for constants would unpack them for good; what depends on the input it cannot
-    there = (q_NGn[0, 0, 0] == q_NGn[0, 0, 0]).to(torch.int32)
-    word_OGJ = packed_OGJ.to(torch.int32) * there
-    sums_OG: torch.Tensor | float = 0.0
-    for place in range(8 // bits):
-        low = bits * place
-        code_OGJ = (word_OGJ & ((2**bits - 1) << low)).to(q_NGn.dtype)
-        sums_OG = sums_OG + (code_OGJ * (q_PGJ[place] * 2.0**-low)).sum(-1)
-    return (sums_OG * (2 if levels == 2 else 1) - q_NGn[0].sum(-1))[None]
+    if q_NGm.device.type == "cpu" and q_NGm.shape[0] <= _FEW:
+        sums_NOG = looped_sums(q_NGm, packed_OGJ, bits)
+        if sums_NOG is not None:
+            return sums_NOG
+    return blocked_sums(q_NGm, packed_OGJ, bits)
 
 
-@torch.library.custom_op("torchstone::bit_product", mutates_args=())
-def blocked_product(q_NGn: torch.Tensor, packed_OGJ: torch.Tensor, levels: int) -> torch.Tensor:
-    """Sums (N, O, G), a block of outputs after the other, whose weights alone are unpacked."""
-    N, G, n = q_NGn.shape
-    ints_NOG = q_NGn.new_empty(N, packed_OGJ.shape[0], G)
-    rows = max(1, _BLOCK // (G * n))
-    for at in range(0, packed_OGJ.shape[0], rows):
-        w_oGn = unpack(packed_OGJ[at : at + rows], n, levels, q_NGn.dtype)
-        for g in range(G):
-            ints_NOG[:, at : at + rows, g] = q_NGn[:, g] @ w_oGn[:, g].T
-    return ints_NOG
-
-
-@blocked_product.register_fake
-def _(q_NGn, packed_OGJ, levels):
-    return q_NGn.new_empty(q_NGn.shape[0], packed_OGJ.shape[0], q_NGn.shape[1])
+@code_sums.register_fake
+def _(q_NGm, packed_OGJ, bits):
+    return q_NGm.new_empty(q_NGm.shape[0], *packed_OGJ.shape[:2], dtype=torch.int32)

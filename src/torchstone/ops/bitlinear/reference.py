@@ -70,11 +70,16 @@ def pack(w_n: torch.Tensor, levels: int) -> torch.Tensor:
     return (code_PJ << places_P1).sum(-2, dtype=torch.uint8)
 
 
+def codes(packed_J: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """What lies in bytes (..., J), in the order of weights and as far as the bytes go: weights plus one, or half of
+    that."""
+    places_P1 = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed_J.device)[:, None]
+    return ((packed_J[..., None, :] >> places_P1) & (2**bits - 1)).flatten(-2).to(dtype)
+
+
 def unpack(packed_J: torch.Tensor, n: int, levels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Weights (..., n) from what `pack` made of them."""
-    bits = _bits(levels)
-    places_P1 = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed_J.device)[:, None]
-    code_n = ((packed_J[..., None, :] >> places_P1) & (2**bits - 1)).flatten(-2)[..., :n].to(dtype)
+    code_n = codes(packed_J, _bits(levels), dtype)[..., :n]
     return 2 * code_n - 1 if levels == 2 else code_n - 1
 
 
