@@ -2,13 +2,12 @@
 
     python benchmarks/bitnet_decode.py [--rounds 10] [--threads 1] [--json FILE]
 
-4 layers, width 1,536, 12 heads, SwiGLU of 4,096, vocabulary 4,096: 113 million weights in projections. Both are compiled
-by the engine and hold all else in bfloat16. The peers, each in a process of its own, in turn:
+4 layers, width 1,536, 12 heads, SwiGLU of 4,096, vocabulary 4,096: 113 million weights in projections. All are compiled
+by the engine, and hold what is no projection in bfloat16. The peers, each in a process of its own, in turn:
 
 ternary   packed, 2 bits a weight
 binary    packed, 1 bit a weight
 dense     a plain model in bfloat16
-float32   the same in float32
 
 A unit of work is one call that writes 16 tokens after a prompt of one. The ratio is dense's time over another's per
 round, its median with a bootstrap 95 % interval. Bytes are those of weights and buffers.
@@ -21,12 +20,11 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from _rounds import interleave, machine, ratio, serve
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, NEW = 1536, 4, 12, 4096, 4096, 16
-PEERS = ("ternary", "binary", "dense", "float32")
+PEERS = ("ternary", "binary", "dense")
 
 
 def peer(name: str, threads: int) -> None:
@@ -53,7 +51,7 @@ def peer(name: str, threads: int) -> None:
     for module in model.modules():
         if isinstance(module, PackedBitLinear):
             module.load_state_dict(module.of(0.02 * torch.randn(module.out_features, module.in_features)))
-    model = model if name == "float32" else model.bfloat16()
+    model = model.bfloat16()
     engine = Engine(model, compile="on")
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
 

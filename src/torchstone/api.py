@@ -304,7 +304,7 @@ def reproduce(
 def inspect(
     what: str | Path | Recipe | Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Counts of a recipe, a run or a preset, on the meta device: parameters, state, arithmetic, energy, memory to train.
+    """Counts of a recipe, a run or a preset, on the meta device: parameters, state, arithmetic, energy, memory.
 
     Raises:
         TorchstoneError: neither a run nor a recipe nor a preset.

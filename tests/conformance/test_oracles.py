@@ -661,9 +661,7 @@ def _() -> None:
 @oracle("linear", "bitlinear")
 def _() -> None:
     """Eqs. 1 to 5, 11 and 12 of BitNet, and 1 to 3 of b1.58, in numbers: slice by slice, group by group."""
-    for weights, norm, groups, bits in product(
-        ("ternary", "binary"), ("rmsnorm", "layernorm", "none"), (1, 4), (4, 8)
-    ):
+    for weights, norm, groups, bits in product(("ternary", "binary"), ("rmsnorm", "layernorm", "none"), (1, 4), (4, 8)):
         spec = resolve("linear", "bitlinear")(weights=weights, norm=norm, groups=groups, act_bits=bits)
         m = ready(Site(width=32, linear_spec=spec).linear(32, (5, 7), ("up", "gate"), bias=True))
         x, Q, n = drawn(2, 3, 32), 2 ** (bits - 1) - 1, 32 // groups

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from torchstone import api
 from torchstone.errors import TorchstoneError
 from torchstone.generate import Engine, Sampling

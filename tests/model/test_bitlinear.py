@@ -1,4 +1,4 @@
-"""BitLinear: gradients straight through, slices and groups by themselves, packed equal to unpacked to the bit, costs."""
+"""BitLinear: gradients straight through, slices and groups by themselves, packed equal to unpacked, costs."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_packed_equals_unpacked_to_the_bit(spec: BitLinearSpec) -> None:
 def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(TorchstoneError, match="groups: 3 groups do not divide the 32 inputs of a projection"):
         torchstone.build({**FIELDS, "linear": {"kind": "bitlinear", "groups": 3}})
-    with pytest.raises(TorchstoneError, match="linear.act_bits: .*4.*8"):
+    with pytest.raises(TorchstoneError, match=r"linear.act_bits: .*4.*8"):
         torchstone.build({**FIELDS, "linear": {"kind": "bitlinear", "act_bits": 5}})
     packed = {"kind": "bitlinear", "packed": True}
     with pytest.raises(TorchstoneError, match="packed weights do not train; train without packed, then export"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -28,8 +29,8 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def values(O: int, G: int, n: int, levels: int) -> torch.Tensor:
-    whole = torch.randint(0, levels, (O, G, n), generator=torch.Generator().manual_seed(n))
+def values(outputs: int, G: int, n: int, levels: int) -> torch.Tensor:
+    whole = torch.randint(0, levels, (outputs, G, n), generator=torch.Generator().manual_seed(n))
     return (2 * whole - 1 if levels == 2 else whole - 1).float()
 
 
@@ -95,13 +96,12 @@ def test_packing_is_undone_by_unpacking_and_takes_one_or_two_bits(levels: int, n
 
 
 @pytest.mark.parametrize("levels", [2, 3])
-@pytest.mark.parametrize(("N", "O", "G", "n"), [(1, 5, 1, 13), (4, 3, 2, 8), (1, 7, 3, 5)])
-def test_every_path_gives_the_same_whole_numbers(levels: int, N: int, O: int, G: int, n: int) -> None:
-    q, w = whole(N, G, n), values(O, G, n, levels)
-    wanted = torch.tensor([
-        [[sum(int(a) * int(b) for a, b in zip(q[i, g], w[o, g], strict=True)) for g in range(G)] for o in range(O)]
-        for i in range(N)
-    ]).float()  # fmt: skip
+@pytest.mark.parametrize(("N", "outputs", "G", "n"), [(1, 5, 1, 13), (4, 3, 2, 8), (1, 7, 3, 5)])
+def test_every_path_gives_the_same_whole_numbers(levels: int, N: int, outputs: int, G: int, n: int) -> None:
+    q, w = whole(N, G, n), values(outputs, G, n, levels)
+    wanted = torch.zeros(N, outputs, G)
+    for i, o, g in itertools.product(range(N), range(outputs), range(G)):
+        wanted[i, o, g] = sum(int(a) * int(b) for a, b in zip(q[i, g], w[o, g], strict=True))
     packed = pack(w, levels)
     for path in (bit_product_reference, bit_product):
         assert torch.equal(path(q, packed, levels), wanted), path

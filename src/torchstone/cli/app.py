@@ -283,7 +283,9 @@ def import_(
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; not there yet, or empty.")],
-    to: Annotated[str, typer.Option("--to", help="hf, a layout (llama, bert, ...), torchstone, peft or packed.")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", help="hf, a layout (llama, bert, ...), torchstone, peft or packed.")
+    ] = "hf",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default that of the run.")] = None,
 ) -> None:
     """Write a run in another library's form, or pack a run of bitlinear projections."""
@@ -378,7 +380,7 @@ def inspect(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count parameters, decode state, arithmetic and training memory, without making the model."""
+    """Count parameters, decode state, arithmetic, energy and training memory, without making the model."""
     from torchstone.api import inspect as count
 
     result = count(what, overrides or [])

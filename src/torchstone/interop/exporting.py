@@ -54,7 +54,8 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
     Args:
         run: with weights.
         out: a folder that is not there, or empty.
-        to: "hf", a published layout by its model_type, "torchstone" (our own form with `auto_map`), "peft", or "packed".
+        to: "hf", a published layout by its model_type, "torchstone" (our own form with `auto_map`), "peft" or
+            "packed".
         dtype: fp32, bf16 or fp16; None keeps that of the run's file.
 
     Returns:

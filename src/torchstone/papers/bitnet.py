@@ -24,7 +24,7 @@ def _on_meta(fields: dict[str, Any]) -> Transformer:
         return validate(TransformerSpec, fields).build()
 
 
-# -------------------------------------------------------------------------------------------- packed is what was trained
+# ------------------------------------------------------------------------------------------- packed is what was trained
 
 
 _SMALL: dict[str, Any] = {"width": 64, "depth": 3, "vocabulary": 128, "context": 64, "attention": {"heads": 4}}
@@ -46,7 +46,7 @@ def _straight_through(seed: int) -> float:
     """Largest difference of the weight's gradient to that of a plain product of the quantised operands, of its size."""
     generator, worst = torch.Generator().manual_seed(seed), 0.0
     for weights in ("ternary", "binary"):
-        spec = BitLinearSpec(weights=weights)  # type: ignore[arg-type]
+        spec = BitLinearSpec(weights=weights)
         m: Any = initialise(spec.build(64, (32, 16), ("up", "gate"), False, _normal), seed)
         x, back = torch.randn(5, 64, generator=generator), torch.randn(5, 48, generator=generator)
         m(x).backward(back)
@@ -84,7 +84,8 @@ def _packed(scale: Scale, first: int) -> Measured:
             values[weights] = max(values[weights], len(w.unique()))
             if groups == 1:
                 plain = sum(m.weight.numel() for m in models[0].modules() if isinstance(m, Linear))
-                held = sum(m.packed.nbytes + m.beta.nbytes for m in models[1].modules() if isinstance(m, PackedBitLinear))
+                small = [m for m in models[1].modules() if isinstance(m, PackedBitLinear)]
+                held = sum(m.packed.nbytes + m.beta.nbytes for m in small)
                 over[weights] = 2 * plain / held
     with torch.enable_grad():
         gradient = max(_straight_through(seed) for seed in range(first, first + seeds))
@@ -127,7 +128,7 @@ PACKED = Claim(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------- energy
+# --------------------------------------------------------------------------------------------------------------- energy
 
 
 _OF_67B: dict[str, Any] = {
@@ -187,9 +188,9 @@ _COLUMNS = ("multiply at 7nm", "add at 7nm", "multiply at 45nm", "add at 45nm")
 ENERGY = Claim(
     id="energy",
     kind="arithmetic",
-    text="By the paper's count of operations, with a head in 16 bits, products of 512 tokens with the weights of a model "
-    "of 6.7B parameters take the published joules, to 0.01 J; the projections of the model of 2B parameters take 0.41 GB "
-    "at log2(3) bits a weight, and 0.52 GB in the 2 bits that they are packed in here.",
+    text="By the paper's count of operations, with a head in 16 bits, products of 512 tokens with the weights of a "
+    "model of 6.7B parameters take the published joules, to 0.01 J; the projections of the model of 2B parameters take "
+    "0.41 GB at log2(3) bits a weight, and 0.52 GB in the 2 bits that they are packed in here.",
     figure="6.7B, 512 tokens: multiplications 4.41, 1.14 and 0.02 J at 7 nm in 32 bits, 16 bits and BitNet; 0.4 GB for "
     "the non-embedding weights of 2B4T",
     gates=(
@@ -321,13 +322,13 @@ SCRATCH = Claim(
 PAPER = Paper(
     slug="bitnet",
     title="BitNet: Scaling 1-bit Transformers for Large Language Models",
-    authors="Hongyu Wang, Shuming Ma, Li Dong, Shaohan Huang, Huaijie Wang, Lingxiao Ma, Fan Yang, Ruiping Wang, Yi Wu, "
-    "Furu Wei",
+    authors="Hongyu Wang, Shuming Ma, Li Dong, Shaohan Huang, Huaijie Wang, Lingxiao Ma, Fan Yang, Ruiping Wang, Yi "
+    "Wu, Furu Wei",
     year=2023,
     link="https://arxiv.org/abs/2310.11453",
     topics=("quantisation", "memory", "energy", "decoding"),
     parts=("linear.bitlinear",),
-    summary="Projections whose weights have two values, or three as in its successor b1.58, and whose inputs have 8 bits, "
-    "trained from scratch over weights in full precision; packed, they take 1 or 2 bits.",
+    summary="Projections whose weights have two values, or three as in its successor b1.58, and whose inputs have 8 "
+    "bits, trained from scratch over weights in full precision; packed, they take 1 or 2 bits.",
     claims=(PACKED, ENERGY, SCRATCH),
 )

@@ -1,5 +1,5 @@
-"""BitLinear: weights of one bit or of three values, activations of 8 bits, trained from scratch (Wang et al. 2023, arXiv
-2310.11453, section 2.1; Ma et al. 2024, arXiv 2402.17764, section 2).
+"""BitLinear: weights of one bit or of three values, activations of 8 bits, trained from scratch (Wang et al. 2023,
+arXiv 2310.11453, section 2.1; Ma et al. 2024, arXiv 2402.17764, section 2).
 
     x' = norm(x)                     q = round(x' / s), s = max|x'| / Q for each token, Q = 2^(bits - 1) - 1
     binary:   w = sign(W - mean W)              beta = mean |W|
@@ -127,7 +127,9 @@ class BitLinearSpec(LinearSpec):
 
     def _check(self, d_in: int) -> None:
         if d_in % self.groups:
-            raise TorchstoneError(f"linear.groups: {self.groups} groups do not divide the {d_in} inputs of a projection")
+            raise TorchstoneError(
+                f"linear.groups: {self.groups} groups do not divide the {d_in} inputs of a projection"
+            )
 
 
 def _through(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -193,7 +195,7 @@ class PackedBitLinear(nn.Module):
         J = packed_bytes(d_in // spec.groups, spec.levels)
         self.register_buffer("packed", torch.empty(sum(outs), spec.groups, J, dtype=torch.uint8))
         self.register_buffer("beta", torch.empty(len(outs), spec.groups, dtype=torch.float32))
-        self.register_parameter("bias", nn.Parameter(torch.empty(sum(outs))) if bias else None)
+        self.bias = nn.Parameter(torch.empty(sum(outs))) if bias else None
 
     @property
     def packed_parameters(self) -> int:
@@ -218,7 +220,7 @@ class PackedBitLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             raise TorchstoneError("linear.packed: packed weights do not train; train without packed, then export")
-        q_Gn, scale_G1 = quantise(self.spec.normed(x), self.spec.act_bits)
+        q_Gn, scale_G1 = quantise(self.spec.normed(x.detach()), self.spec.act_bits)
         ints_NOG = bit_product(q_Gn.flatten(0, -3), self.packed, self.spec.levels)
         ints_OG = ints_NOG.view(*x.shape[:-1], *ints_NOG.shape[1:])
         y = rescale(ints_OG, scale_G1[..., 0], _rows(self.beta, self.slices)).to(x.dtype)

@@ -80,20 +80,17 @@ def looped_sums(q_NGm: torch.Tensor, packed_OGJ: torch.Tensor, bits: int) -> tor
     loops = _loops()
     if loops is None:
         return None
-    (O, G, J), N = packed_OGJ.shape, q_NGm.shape[0]
+    N, (outputs, G, J) = q_NGm.shape[0], packed_OGJ.shape
     q_NGm, packed_OGJ = q_NGm.contiguous(), packed_OGJ.contiguous()
-    sums_NOG = torch.empty(N, O, G, dtype=torch.int32)
-    loops[bits - 1](packed_OGJ.data_ptr(), q_NGm.data_ptr(), sums_NOG.data_ptr(), N, O, G, J)
+    sums_NOG = torch.empty(N, outputs, G, dtype=torch.int32)
+    loops[bits - 1](packed_OGJ.data_ptr(), q_NGm.data_ptr(), sums_NOG.data_ptr(), N, outputs, G, J)
     return sums_NOG
 
 
 def blocked_sums(q_NGm: torch.Tensor, packed_OGJ: torch.Tensor, bits: int) -> torch.Tensor:
     """As `code_sums`, a block of outputs after the other, whose codes alone are unpacked."""
-    q_GNm, O = q_NGm.float().transpose(0, 1), packed_OGJ.shape[0]
-
-    blocks = [
-        q_GNm @ codes(packed_OGJ[at : at + rows], bits, torch.float32).permute(1, 2, 0) for at in range(0, O, rows)
-    ]
+    q_GNm, rows = q_NGm.float().transpose(0, 1), max(1, _BLOCK // q_NGm[0].numel())
+    blocks = [q_GNm @ codes(part, bits, torch.float32).permute(1, 2, 0) for part in packed_OGJ.split(rows)]
     return torch.cat(blocks, -1).permute(1, 2, 0).to(torch.int32).contiguous()
 
 

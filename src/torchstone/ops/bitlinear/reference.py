@@ -1,6 +1,6 @@
 """Quantisation to whole numbers, weights of two and of three values, and their packed form: the definitions.
 
-BitNet (Wang et al. 2023, arXiv 2310.11453), section 2.1, and BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764), section 2.
+BitNet (Wang et al. 2023, arXiv 2310.11453, section 2.1) and BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, section 2).
 
 Packed, a byte holds 8 weights of two values or 4 of three. With P of them in a byte, byte j of a row of n weights holds
 weights j, j + J, j + 2 J, ... for J = ceil(n / P), the first in its lowest bits: neighbours in memory then meet
