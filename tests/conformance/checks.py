@@ -233,6 +233,7 @@ def bfloat16(case: Case) -> None:
         assert torch.isfinite(output.hidden).all() and torch.isfinite(output.logits).all(), f"autocast={cast}"
         loss_of(output).backward()
         for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} gets no gradient, autocast={cast}"
             assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite, autocast={cast}"
 
 
@@ -308,6 +309,7 @@ def recomputation(case: Case) -> None:
             assert plain != loss, "the key drops nothing"
     assert seen[0].keys() == seen[1].keys()
     for name, value in seen[0].items():
+        assert value is not None, f"{name} gets no gradient"
         assert torch.equal(value, seen[1][name]), f"{name} differs under recomputation"
 
 

@@ -85,8 +85,9 @@ def _products(model: nn.Module) -> Iterator[tuple[int, int, float, LinearSpec]]:
     """Inputs and outputs of every product of a token with weights, how often it is taken, and its kind."""
     share: dict[nn.Module, float] = {}
     for module in model.modules():
-        if idle := int(getattr(module, "inactive_parameters", 0)):
-            banks = [bank for bank in module.modules() if isinstance(bank, LinearBank)]
+        idle = int(getattr(module, "inactive_parameters", 0))
+        banks = [bank for bank in module.modules() if isinstance(bank, LinearBank)]
+        if idle and banks:
             share |= dict.fromkeys(banks, 1 - idle / sum(bank.weight.numel() for bank in banks))
     for module in model.modules():
         if isinstance(module, LinearBank):
