@@ -63,12 +63,11 @@ _PICOJOULES: dict[str, dict[str, tuple[float, float]]] = {
     "7nm": {"fp32": (1.31, 0.38), "fp16": (0.34, 0.16), "int8": (0.07, 0.007)},
     "45nm": {"fp32": (3.7, 0.9), "fp16": (1.1, 0.4), "int8": (0.2, 0.03)},
 }
-"""Of a multiplication and an addition, as Wang et al. 2023 (arXiv 2310.11453, table 2) take them from Horowitz 2014 and
-Zhang et al. 2022."""
+"""Of a multiplication and an addition, as Wang et al. 2023 (arXiv 2310.11453) take them from earlier measurements."""
 
 
 def energy(model: nn.Module, dtype: torch.dtype = torch.float32) -> Energy:
-    """Estimate one token's energy as Wang et al. 2023 (arXiv 2310.11453, section 2.4) do: products with weights alone,
+    """Estimate one token's energy as Wang et al. 2023 (arXiv 2310.11453) do: products with weights alone,
     by their numbers of operations; memory, attention and norms are left out. Floats of 16 bits count as fp16."""
     floats = "fp32" if dtype.itemsize >= 4 else "fp16"
     multiplied = added = whole = 0.0

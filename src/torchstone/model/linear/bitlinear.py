@@ -120,7 +120,7 @@ class BitLinearSpec(LinearSpec):
         return BitBank(count, d_in, outs, roles, self, init)
 
     def energy(self, d_in: int, d_out: int) -> tuple[float, float, float]:
-        return d_in + d_out, 0.0, (d_in - 1) * d_out  # section 2.4 of BitNet: floats only where scales are applied
+        return d_in + d_out, 0.0, (d_in - 1) * d_out  # of BitNet: floats only where scales are applied
 
     def packed_bytes(self, d_in: int, outs: tuple[int, ...]) -> int | None:
         return self.groups * (sum(outs) * packed_bytes(d_in // self.groups, self.levels) + 4 * len(outs))
