@@ -309,7 +309,6 @@ def recomputation(case: Case) -> None:
             assert plain != loss, "the key drops nothing"
     assert seen[0].keys() == seen[1].keys()
     for name, value in seen[0].items():
-        assert value is not None, f"{name} gets no gradient"
         assert torch.equal(value, seen[1][name]), f"{name} differs under recomputation"
 
 
