@@ -57,7 +57,7 @@ def read(model: Transformer, bank: Any, ids_BT: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize(("reduction", "residual"), [(2, "pre"), (1, "sandwich"), (4, "pre")])
+@pytest.mark.parametrize(("reduction", "residual"), [(2, "pre"), (1, "sandwich"), (4, "pre"), (2, "subln")])
 @torch.no_grad()
 def test_side_layers_that_add_nothing_leave_the_backbones_logits(
     float64: None, position: str, reduction: int, residual: str
@@ -280,7 +280,7 @@ def test_memory_is_remembered_saved_loaded_and_forgotten(adapted: tuple[Any, Any
             2,
             "a memory needs the keys of attention softmax, not of retention",
         ),
-        ({"residual": "post"}, {}, 2, "residual post does not leave the stream a sum; pre and sandwich do"),
+        ({"residual": "post"}, {}, 2, "residual post does not leave the stream a sum; pre, sandwich and subln do"),
         ({"causal": False, "head": "mlm"}, {}, 2, "an encoder has no past to remember; it needs causal: true"),
         (
             {"layers": [{"at": [2], "attention": {"kv_heads": 4}}]},

@@ -96,9 +96,9 @@ class LongMemStackSpec(StackSpec):
                 reason = (
                     f"memory.layer: its heads differ from those of layer {self.beside(depth) + 1} of the side network"
                 )
-            kinds = {layer.residual.kind for layer in layers} - {"pre", "sandwich"}
+            kinds = {layer.residual.kind for layer in layers} - {"pre", "sandwich", "subln"}
             if reason is None and kinds:
-                reason = f"residual {min(kinds)} does not leave the stream a sum; pre and sandwich do"
+                reason = f"residual {min(kinds)} does not leave the stream a sum; pre, sandwich and subln do"
         if reason:
             raise TorchstoneError(f"stack longmem: {reason}")
         at = self.layer(depth) - 1
