@@ -16,6 +16,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.interop.layout import find_layout, layouts
 from torchstone.interop.presets import preset, preset_config, presets
+from torchstone.model.measure import measure
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
 
@@ -57,6 +58,11 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "deepseek-llm-7b": 6_910_365_696,
+    "deepseek-llm-67b": 67_425_001_472,
+    "deepseek-coder-1.3b": 1_346_471_936,
+    "deepseek-coder-6.7b": 6_740_512_768,
+    "deepseek-coder-33b": 33_342_991_360,
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
@@ -91,6 +97,11 @@ PUBLISHED = {
     "electra-large-generator": 50_999_552,
 }
 
+EXPERTS = {
+    # billions as their papers state them: all, and what a token meets
+    "deepseekmoe-16b": (16.4, 2.8),
+    "deepseekmoe-145b": (144.6, 22.2),
+}
 
 CONFIGURED = sorted(json.loads(files("torchstone.interop").joinpath("presets.json").read_text()))
 """Presets that have a published config.json."""
@@ -137,6 +148,22 @@ def test_the_count_is_the_published_one(name: str) -> None:
     unused = 2 * D if kind in ("roberta", "xlm-roberta") else 0  # rows of positions that none has
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert (body + pooler + unused if model.encoder and not model.decoder else whole) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_counts_of_experts_are_the_published_ones(name: str) -> None:
+    counts = measure(built(name))
+    assert (round(counts.parameters / 1e9, 1), round(counts.active_with_embedding / 1e9, 1)) == EXPERTS[name]
+
+
+def test_the_experts_of_the_smallest_deepseekmoe_have_the_published_sizes() -> None:
+    # table 1 of the paper: 0.24B of 1.89B parameters of experts are active
+    with torch.device("meta"):
+        model = validate(TransformerSpec, {**preset("deepseekmoe-2b").dump(), "vocabulary": 8192}).build()
+    counts = measure(model)
+    idle = counts.parameters - counts.active_with_embedding
+    inside = [p.numel() for name, p in model.named_parameters() if ".ffn." in name and ".router." not in name]
+    assert round(sum(inside) / 1e9, 2) == 1.89 and round((sum(inside) - idle) / 1e9, 2) == 0.24
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
