@@ -11,7 +11,7 @@ from typing import Any
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.files import write_bytes, write_json
 from torchstone.papers import find_paper, slugs
-from torchstone.papers._claim import Claim, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Paper, Scale
 from torchstone.papers._reproduce import Outcome, evidence_of, read_evidence, record, run_claim, stale, status
 
 __all__ = ["STATES", "describe", "listing", "page", "run_all_papers", "run_paper", "table", "text_of"]
@@ -227,20 +227,23 @@ def page(paper: Paper) -> str:
 
 def table() -> str:
     """The README's table of papers, with counts of what was found in its heading."""
-    rows, counts, superiority = [], Counter[str](), 0
+    rows, counts, effects = [], Counter[str](), 0
     for slug in slugs():
         paper, kept = find_paper(slug), read_evidence(slug)
         states = [(claim, status(claim, kept.get(claim.id))) for claim in paper.claims]
         counts.update(state for _, state in states)
-        superiority += sum(claim.arms is not None and state == "holds" for claim, state in states)
+        effects += sum(
+            any(isinstance(gate, Effect) for gate in claim.gates) and state not in ("stale", "not measured")
+            for claim, state in states
+        )
         said = "; ".join(f"{claim.id}: {state}" for claim, state in states)
         rows.append(f"| [{slug}](docs/papers/{slug}.md) | {paper.title} | {paper.year} | {said} |")
     heading = ", ".join(f"{counts[state]} {state}" for state in STATES)
     # an effect gate holds by chance, where there is none, in at most one of forty runs (one side of a 95 % interval)
     return "\n".join(
         [
-            f"At this scale: {heading}. Of {superiority} effects that hold, {superiority / 40:.1f} are to be expected "
-            "by chance.",
+            f"At this scale: {heading}. Of {effects} effects that were measured, at most {effects / 40:.2f} are to be "
+            "expected to hold by chance.",
             "",
             "| paper | title | year | claims |",
             "|---|---|---|---|",
