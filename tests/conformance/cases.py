@@ -208,18 +208,13 @@ def _new(fixed: Mapping[str, str], axis: str, value: str, uncovered: set[Pair]) 
 
 @functools.cache
 def first_cases() -> frozenset[Case]:
-    """Some of the covering cases, in which every two kinds that go together meet and every variant is: what runs at
-    every change, while the rest is for the slow tier."""
-
-    def shows(case: Case) -> set[Any]:
-        kinds = sorted((axis, kind_of(axis, value)) for axis, value in case.chosen.items())
-        return {*itertools.combinations(kinds, 2), *case.chosen.items()}
-
+    """Some of the covering cases, in which every variant is: what runs at every change. That kinds which go together
+    meet too is for the rest, in the slow tier."""
     cases = covering()[0]
-    left, chosen = set().union(*map(shows, cases)), []
+    left, chosen = {item for case in cases for item in case.chosen.items()}, []
     while left:
-        chosen.append(max(cases, key=lambda case: len(shows(case) & left)))
-        left -= shows(chosen[-1])
+        chosen.append(max(cases, key=lambda case: len(left & set(case.chosen.items()))))
+        left -= set(chosen[-1].chosen.items())
     return frozenset(chosen)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conformance.cases import Case, all_pairs, axes, covering, first_cases, kind_of, pairs_of, singles
+from conformance.cases import Case, all_pairs, axes, covering, first_cases, pairs_of, singles
 from conformance.checks import CHECKS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -140,13 +140,11 @@ def test_every_legal_pair_of_a_variant_and_a_kind_is_in_some_model() -> None:
     assert not covered & set(illegal)
 
 
-def test_kinds_that_go_together_meet_and_every_variant_is_in_a_model_that_runs_at_every_change() -> None:
+def test_every_variant_is_in_a_model_that_runs_at_every_change() -> None:
     def met(cases: Any) -> set[Any]:
-        kinds = [[(axis, kind_of(axis, value)) for axis, value in case.chosen.items()] for case in cases]
-        pairs = {pair for each in kinds for pair in itertools.combinations(each, 2)}
-        return pairs | {item for case in cases for item in case.chosen.items()}
+        return {item for case in cases for item in case.chosen.items()}
 
-    assert met(first_cases()) == met(covering()[0]) and len(first_cases()) < len(covering()[0])
+    assert met(first_cases()) == met(covering()[0]) and len(first_cases()) < len(covering()[0]) / 4
 
 
 def test_every_variant_of_every_kind_is_in_some_model() -> None:
