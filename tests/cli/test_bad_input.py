@@ -216,6 +216,7 @@ def test_a_broken_checkpoint_is_named_by_resume_and_by_generate(
     assert str(tmp_path / "run" / "model.safetensors") in line
 
 
+@pytest.mark.slow
 def test_any_file_of_a_run_cut_short_or_filled_with_noise_is_a_sentence_or_no_matter(
     cli: Cli, home: Path, tmp_path: Path
 ) -> None:

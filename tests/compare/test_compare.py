@@ -208,6 +208,7 @@ def test_equal_time_sets_the_steps_by_the_probes(recipe: dict[str, Any], tmp_pat
     assert isinstance(result, Result) and "not repeatable" in result.table
 
 
+@pytest.mark.slow
 def test_a_dry_run_estimates_and_trains_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     made = from_axes(recipe, ["model.position=rotary,alibi"])
     found = compare_recipes(made, tmp_path / "out", Options(seeds=(0, 1), dry_run=True), lambda text: None)
@@ -249,6 +250,7 @@ def test_matching_sets_the_feed_forward_width_alone(recipe: dict[str, Any]) -> N
         match(from_axes(small, ["model.depth=2,3"]), "parameters")
 
 
+@pytest.mark.slow
 def test_matching_knows_the_vocabulary_that_the_data_decide(recipe: dict[str, Any], tmp_path: Path) -> None:
     model = {"width": 64, "depth": 1, "ffn": {"kind": "mlp", "hidden": 256}}
     made = from_axes({**recipe, "model": model}, ["model.ffn.kind=mlp,swiglu"])

@@ -87,6 +87,7 @@ def test_unequal_seeds_and_broken_numbers_are_refused() -> None:
         decide([1.0, 2.0, 3.0], {"a": [1.0, 2.0, math.nan]})
 
 
+@pytest.mark.slow
 def test_the_smallest_difference_is_shown_in_eighty_of_a_hundred_runs() -> None:
     generator = np.random.default_rng(1)
     spread, n = 0.3, 5

@@ -73,6 +73,7 @@ def test_layers_and_sides_start_from_different_weights() -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[i + 1 :])
 
 
+@pytest.mark.slow
 def test_model_of_a_thousand_layers_builds_and_takes_a_step() -> None:
     begun = time.monotonic()
     model = Case.of().model(noise=0, depth=1000)

@@ -176,6 +176,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
 def test_an_exported_run_loads_where_there_is_no_torchstone(tmp_path: Path, auto: str) -> None:
     masked = {"norm": "layernorm", "residual": "post", "position": "learned", "embedding": {"types": 2, "norm": {}}}
@@ -252,6 +253,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_our_own_form_loads_through_auto_map_without_an_import_of_ours(tmp_path: Path) -> None:
     run = train(tiny.recipe(tmp_path, model={"position": "alibi"}), out=tmp_path / "run", quiet=True)
     export_run(run, tmp_path / "out", dtype="fp32")

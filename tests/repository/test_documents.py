@@ -177,7 +177,18 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
     )
 
 
-LONG = {"compare.md", "evaluate.md", "getting-started.md", "longmem.md", "reproduce.md", "structured-prompting.md"}
+LONG = {
+    "api.md",
+    "bitnet.md",
+    "compare.md",
+    "evaluate.md",
+    "getting-started.md",
+    "hugging-face.md",
+    "longmem.md",
+    "recipes.md",
+    "reproduce.md",
+    "structured-prompting.md",
+}
 """Documents whose blocks take more than some seconds each."""
 
 
