@@ -300,7 +300,7 @@ SCRATCH = Claim(
         },
         settings={
             "quick": Setting(seeds=1, control_seeds=1, patch={"model": {"depth": 1}, "trainer": {"steps": 20}}),
-            "evidence": Setting(seeds=3, control_seeds=3, tune=("optimizer.lr", (1e-3, 3e-3, 1e-2))),
+            "evidence": Setting(seeds=5, control_seeds=3, tune=("optimizer.lr", (1e-3, 3e-3, 1e-2))),
             "gpu": Setting(
                 seeds=3,
                 control_seeds=3,
