@@ -41,6 +41,17 @@ CONFIG["deepseek_v2"] = {
     "qk_rope_head_dim": 2,
     "v_head_dim": 3,
 }
+CONFIG["deepseek_v3"] = {
+    **CONFIG["deepseek_v2"],
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 5,
+}
+CONFIG["mixtral"] = {**CONFIG["mistral"], "num_local_experts": 3}
 MLA = {"kind": "mla", "heads": 2, "kv_latent": 6, "nope_dim": 4, "rope_dim": 2, "v_dim": 3}
 CONFIG["electra"] = {**CONFIG["llama"], "embedding_size": 6}
 CONFIG["mt5"] = CONFIG["t5"]
@@ -52,7 +63,7 @@ def made(model_type: str, **config: Any) -> tuple[Layout, TransformerSpec, Trans
     spec = validate(TransformerSpec, layout.to_spec({**CONFIG[model_type], **config}))
     model = spec.build()
     initialise(model, 0)
-    return layout, spec, model, layout.to_theirs(dict(model.named_parameters()), spec)
+    return layout, spec, model, layout.to_theirs(model.state_dict(), spec)
 
 
 def refused(layout: Layout, tensors: dict[str, torch.Tensor], spec: TransformerSpec) -> str:
@@ -214,8 +225,17 @@ def test_load_state_is_strict_and_changes_nothing_that_it_refuses() -> None:
         ("qwen3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
          "qwen3 config: layer_types 'linear_attention' is not supported (did you mean 'sliding_attention'?); "
          "supported: full_attention, sliding_attention"),
-        ("deepseek_v2", {"first_k_dense_replace": 1}, "deepseek_v2 config: first_k_dense_replace 1 gives 2 of 3 layers "
-         "experts, and there is no ffn of experts; supported: 3 or more, which gives none"),
+        ("deepseek_v2", {"first_k_dense_replace": 1}, "deepseek_v2 config: num_experts_per_tok is required"),
+        ("deepseek_v2", {"first_k_dense_replace": 1, "moe_layer_freq": 2},
+         "deepseek_v2 config: moe_layer_freq 2 is not supported; supported: 1"),
+        ("deepseek_v2", {"norm_topk_prob": True},
+         "deepseek_v2 config: norm_topk_prob True is not supported; supported: False"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "deepseek_v2 config: topk_method 'noaux_tc' is not supported; "
+         "supported: greedy, group_limited_greedy"),
+        ("deepseek_v3", {"scoring_func": "softmax"},
+         "deepseek_v3 config: scoring_func 'softmax' is not supported; supported: 'sigmoid'"),
+        ("mixtral", {"router_jitter_noise": 0.1},
+         "mixtral config: router_jitter_noise 0.1 is not supported; supported: 0.0"),
         ("deepseek_v2", {"num_key_value_heads": 1},
          "deepseek_v2 config: num_key_value_heads 1 is not supported; supported: 2"),
         ("deepseek_v2", {"attention_bias": True},
@@ -281,8 +301,20 @@ def test_an_option_that_the_backbone_has_not_is_one_sentence(
         ("deepseek_v2", {"attention": {"kind": "softmax", "heads": 2}},
          "the deepseek_v2 layout has no place for attention softmax; it takes mla"),
         ("deepseek_v2", {"attention": {**MLA, "scale": 0.5}},
-         "the deepseek_v2 layout has no place for attention.scale 0.5; it takes another one than 1 / sqrt(nope_dim + "
-         "rope_dim) with position.scaling yarn alone"),
+         "layouts of latent attention have no place for attention.scale 0.5; they take another one than 1 / "
+         "sqrt(nope_dim + rope_dim) with position.scaling yarn alone"),
+        ("deepseek_v2", {"ffn": {"kind": "moe", "router": "sigmoid_bias"}},
+         "the deepseek_v2 layout has no place for router sigmoid_bias; it takes topk"),
+        ("deepseek_v2", {"ffn": {"kind": "moe", "gated": False, "shared": 1}},
+         "the deepseek_v2 layout has no place for decoder.layers.0.ffn.gated False; it takes True"),
+        ("deepseek_v3", {"layers": [{"at": [1], "ffn": {"kind": "swiglu"}}]},
+         "the deepseek_v3 layout has no place for decoder.layers.1.ffn.kind swiglu; it takes moe"),
+        ("mixtral", {"ffn": {"kind": "moe", "experts": 3, "hidden": 12}},
+         "the mixtral layout has no place for decoder.layers.0.ffn.router.normalise False; it takes True"),
+        ("mixtral", {"ffn": {"kind": "moe", "experts": 3, "shared": 1, "router": {"normalise": True}}},
+         "the mixtral layout has no place for decoder.layers.0.ffn.shared 1; it takes 0"),
+        ("mixtral", {"layers": [{"at": [1], "ffn": {"kind": "swiglu"}}]},
+         "the mixtral layout has no place for ffn swiglu; it takes moe"),
         ("deepseek_v2", {"attention": {**MLA, "eps": 1e-5}},
          "the deepseek_v2 layout has no place for decoder.layers.0.attention.eps 1e-05; it takes 1e-06"),
         ("deepseek_v2", {"position": {"kind": "rotary", "interleaved": False}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from torchstone.interop.layout import Layout, Model, find_layout, load_state
@@ -34,6 +35,8 @@ LAYERS = {
     "qwen2": "model.layers",
     "qwen3": "model.layers",
     "deepseek_v2": "model.layers",
+    "deepseek_v3": "model.layers",
+    "mixtral": "model.layers",
     "gpt2": "transformer.h",
     "bert": "bert.encoder.layer",
     "electra": "electra.encoder.layer",
@@ -68,6 +71,17 @@ DEEPSEEK = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
+EXPERTS = {
+    **DEEPSEEK,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 22,
+    "n_group": 4,
+    "topk_group": 2,
+}
+V3 = {**EXPERTS, "num_key_value_heads": 4}
 GPT2 = {"vocab_size": 53, "n_positions": 40, "n_embd": 36, "n_layer": 3, "n_head": 3}
 BERT = {
     "vocab_size": 67,
@@ -164,6 +178,18 @@ CASES = [
          | _yarn(mscale=1.3, mscale_all_dim=0.5)),
     Case("deepseek_v2-yarn_plain", "DeepseekV2ForCausalLM",
          {**DEEPSEEK, "qk_rope_head_dim": 32, "max_position_embeddings": 256} | _yarn()),
+    Case("deepseek_v2-experts", "DeepseekV2ForCausalLM",
+         {**EXPERTS, "routed_scaling_factor": 1.7, "topk_method": "group_limited_greedy"}),
+    Case("deepseek_v2-experts_everywhere-greedy-gelu", "DeepseekV2ForCausalLM",
+         {**EXPERTS, "first_k_dense_replace": 0, "n_shared_experts": 1, "hidden_act": "gelu", "q_lora_rank": None}),
+    Case("deepseek_v3-experts", "DeepseekV3ForCausalLM", V3),
+    Case("deepseek_v3-experts-plain_gates-halves-yarn", "DeepseekV3ForCausalLM",
+         {**V3, "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None, "qk_rope_head_dim": 32,
+          "max_position_embeddings": 256} | _yarn(mscale=1.0, mscale_all_dim=1.0)),
+    Case("deepseek_v3-dense", "DeepseekV3ForCausalLM", {**V3, "first_k_dense_replace": 3}),
+    Case("mixtral-experts", "MixtralForCausalLM", {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    Case("mixtral-window-wide_heads-tied", "MixtralForCausalLM",
+         {**LLAMA, "sliding_window": 5, "head_dim": 14, "tie_word_embeddings": True, "num_experts_per_tok": 3}),
     Case("gpt2-tied", "GPT2LMHeadModel", GPT2),
     Case("gpt2-untied-unscaled", "GPT2LMHeadModel",
          {**GPT2, "tie_word_embeddings": False, "n_inner": 41, "scale_attn_weights": False,
@@ -199,7 +225,7 @@ DECODERS = [case for case in CASES if case.model_type not in ENCODERS + ENCODER_
 
 @dataclass
 class Pair:
-    """The same model, theirs and ours."""
+    """The same model, theirs and ours; `state` is theirs as files have it."""
 
     case: Case
     layout: Layout
@@ -207,10 +233,7 @@ class Pair:
     theirs: Any
     spec: TransformerSpec
     ours: Transformer
-
-    @property
-    def state(self) -> dict[str, torch.Tensor]:
-        return self.theirs.state_dict()
+    state: dict[str, torch.Tensor]
 
 
 _MADE: dict[str, Pair] = {}
@@ -238,12 +261,22 @@ def _pair(case: Case) -> Pair:
             theirs.roberta.embeddings.position_embeddings.weight[: case.pad + 1] = 0
     values = {**json.loads(config.to_json_string()), "architectures": [case.cls]}
     layout = find_layout(case.model_type)
-    state = theirs.state_dict()
+    state = _published(theirs)
     spec = validate(TransformerSpec, layout.to_spec(values, {name: tensor.shape for name, tensor in state.items()}))
     with torch.device("meta"):
         ours = spec.build()
     load_state(ours, layout.to_ours(state, spec))
-    return Pair(case, layout, values, theirs, spec, ours.eval())
+    return Pair(case, layout, values, theirs, spec, ours.eval(), state)
+
+
+def _published(model: Any) -> dict[str, torch.Tensor]:
+    """Tensors as its files have them: transformers 5 keeps the experts of a layer together, and files each alone."""
+    if not any(".experts." in name for name in model.state_dict()):
+        return model.state_dict()
+    model.config._experts_implementation = "eager"  # a loop over experts
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def _randomise(model: nn.Module) -> None:
@@ -257,6 +290,9 @@ def _randomise(model: nn.Module) -> None:
             else:
                 # small embeddings, or a tied head says again what it was told
                 parameter.copy_(noise * (0.1 if name.rpartition(".")[0].endswith(EMBEDDINGS) else 0.2))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
 def cases(cases: list[Case]) -> Any:
@@ -389,7 +425,7 @@ def _decode(model: Transformer, tokens: Tokens, steps: int, state: Any, memory: 
 
 @cases(CASES)
 def test_there_and_back_is_exact(pair: Pair) -> None:
-    ours = dict(pair.ours.named_parameters())
+    ours = pair.ours.state_dict()
     theirs = pair.layout.to_theirs(ours, pair.spec)
     for name, tensor in theirs.items():
         # untied, theirs keeps a second bias that it never uses
@@ -409,7 +445,7 @@ def test_there_and_back_is_exact(pair: Pair) -> None:
 def test_what_is_written_reloads_in_transformers_with_equal_logits(
     pair: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    written = pair.layout.to_theirs(dict(pair.ours.named_parameters()), pair.spec)
+    written = pair.layout.to_theirs(pair.ours.state_dict(), pair.spec)
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(pair.layout.to_config(pair.spec)))
     capfd.readouterr()
@@ -420,6 +456,7 @@ def test_what_is_written_reloads_in_transformers_with_equal_logits(
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     if not pair.case.own_head:  # theirs complains of every published T5 1.1, for it has no config for one
         assert not [line for line in (said.out + said.err).splitlines() if line.startswith("[transformers]")], said
+    again.config._experts_implementation = "eager"
     ids, valid = padded(pair, "right")
     arguments: dict[str, Any] = {"attention_mask": valid.long()}
     if pair.case.model_type in ENCODER_DECODERS:
@@ -445,6 +482,14 @@ FAULTS = [
     ("deepseek_v2-yarn", {"attention": {"scale": None}}),
     ("deepseek_v2-yarn", {"position": {"scaling": {"temperature": None}}}),
     ("deepseek_v2-yarn_with_two_temperatures", {"position": {"scaling": {"temperature": 1.0}}}),
+    ("deepseek_v2-experts", {"ffn": {"router": {"scale": 1.0}}}),
+    ("deepseek_v2-experts", {"ffn": {"router": {"normalise": True}}}),
+    ("deepseek_v2-experts", {"ffn": {"router": {"keep_groups": 4}}}),
+    ("deepseek_v3-experts", {"ffn": {"router": {"keep_groups": 3}}}),
+    ("deepseek_v3-experts", {"ffn": {"router": {"normalise": False}}}),
+    ("deepseek_v3-experts", {"ffn": {"active": 2}}),
+    ("deepseek_v3-experts-plain_gates-halves-yarn", {"position": {"interleaved": True}}),
+    ("mixtral-experts", {"ffn": {"router": {"normalise": False}}}),
     ("gpt2-tied", {"ffn": {"activation": "gelu"}}),
     ("bert-masked_lm", {"ffn": {"activation": "gelu_tanh"}}),
     ("bert-masked_lm", {"head": {"activation": "gelu_tanh"}}),
@@ -471,7 +516,7 @@ FAULTS = [
 def test_a_planted_fault_is_seen(pair: Pair, fault: dict[str, Any]) -> None:
     spec = validate(TransformerSpec, merge(_plain(pair.spec), fault, TransformerSpec))
     faulty = spec.build().eval()
-    load_state(faulty, dict(pair.ours.named_parameters()))
+    load_state(faulty, pair.ours.state_dict())
     ids, valid = padded(pair, "right")
     tokens = Tokens.of(ids, valid=valid)
     memory = tokens if pair.case.model_type in ENCODER_DECODERS else None
@@ -569,6 +614,9 @@ def test_a_published_mt5_config_is_untied_and_the_tensors_decide_where_it_says_o
         ("qwen2", "Qwen2Config", LLAMA),
         ("qwen3", "Qwen3Config", LLAMA),
         ("deepseek_v2", "DeepseekV2Config", DEEPSEEK),
+        ("deepseek_v2", "DeepseekV2Config", {**DEEPSEEK, "first_k_dense_replace": 1, "num_experts_per_tok": 2}),
+        ("deepseek_v3", "DeepseekV3Config", {**DEEPSEEK, "num_hidden_layers": 5}),
+        ("mixtral", "MixtralConfig", LLAMA),
         ("gpt2", "GPT2Config", GPT2),
         ("bert", "BertConfig", BERT),
         ("electra", "ElectraConfig", BERT),
@@ -583,10 +631,14 @@ def test_what_a_config_leaves_out_is_what_their_code_assumes(model_type: str, cl
     optional |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
     optional |= {"relative_attention_num_buckets", "relative_attention_max_distance"}
     least = {name: value for name, value in least.items() if name not in optional}
+    if model_type == "deepseek_v3":
+        del least["first_k_dense_replace"]
     if model_type.startswith("qwen"):  # 32 key/value heads, whatever the heads: no published config leaves it out
         least["num_key_value_heads"] = 2
-    if model_type == "mistral":  # 8 of them
+    if model_type in ("mistral", "mixtral"):  # 8 of them
         least |= {"num_attention_heads": 16, "hidden_size": 64}
+    if model_type == "deepseek_v3":  # 128 of them
+        least["num_key_value_heads"] = least["num_attention_heads"]
     full = json.loads(getattr(transformers, cls)(**copy.deepcopy(least)).to_json_string())
     if model_type == "mt5":  # transformers 5 says of all that they are tied, and of published ones it is not true
         full["tie_word_embeddings"] = False

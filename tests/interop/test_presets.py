@@ -4,6 +4,7 @@ and the counts that their authors and model cards state."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from torchstone.api import inspect
 from torchstone.errors import TorchstoneError
-from torchstone.interop.layout import find_layout, layouts
+from torchstone.interop.layout import find_layout, layouts, tensors_of
 from torchstone.interop.presets import preset, preset_config, presets
 from torchstone.model.measure import measure
 from torchstone.model.transformer import Transformer, TransformerSpec
@@ -63,6 +65,13 @@ PUBLISHED = {
     "deepseek-coder-1.3b": 1_346_471_936,
     "deepseek-coder-6.7b": 6_740_512_768,
     "deepseek-coder-33b": 33_342_991_360,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-coder-v2": 235_741_434_880,
+    "deepseek-coder-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_404_352,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
@@ -98,9 +107,16 @@ PUBLISHED = {
 }
 
 EXPERTS = {
-    # billions as their papers state them: all, and what a token meets
-    "deepseekmoe-16b": (16.4, 2.8),
-    "deepseekmoe-145b": (144.6, 22.2),
+    # billions as their papers state them: all, and what a token meets, there with the input embedding or without
+    "deepseekmoe-16b": (16.4, 2.8, True),
+    "deepseekmoe-145b": (144.6, 22.2, True),
+    "deepseek-v2": (235.7, 21.4, True),
+    "deepseek-v2-lite": (15.7, 2.5, False),
+    "deepseek-coder-v2": (235.7, 21.4, True),
+    "deepseek-coder-v2-lite": (15.7, 2.5, False),
+    "deepseek-v3": (671.0, 36.6, False),
+    "mixtral-8x7b": (46.7, 12.9, True),
+    "mixtral-8x22b": (140.6, 39.2, True),
 }
 
 CONFIGURED = sorted(json.loads(files("torchstone.interop").joinpath("presets.json").read_text()))
@@ -131,12 +147,31 @@ def test_the_tensors_are_those_of_transformers_own_model(name: str) -> None:
         if not config.get("tie_word_embeddings", True) and hasattr(theirs, "lm_head"):
             # transformers 5 gives every T5 one matrix, also those that were published with two
             theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.clone())
-    ours = {name: tuple(tensor.shape) for name, tensor in layout.write(model.spec, model.get_parameter)}
+    ours = _together({name: tuple(tensor.shape) for name, tensor in layout.write(model.spec, tensors_of(model).get)})
     known = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     assert ours.items() <= known.items()
     copies = sum(model.spec.vocabulary or 0 for copy in layout.copies if copy.written and copy.name in ours)
-    total = sum(torch.Size(shape).numel() for shape in ours.values()) - copies
+    counted = [shape for name, shape in ours.items() if not name.endswith("e_score_correction_bias")]
+    total = sum(torch.Size(shape).numel() for shape in counted) - copies
     assert total == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+def _together(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes as transformers 5 has them in memory: all experts of a layer in one tensor, gates and ups above each other
+    in it; and Mixtral's experts under the name that others have."""
+    found: dict[str, tuple[int, ...]] = {}
+    kinds = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+    kinds |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    for name, shape in shapes.items():
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        if one := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
+            whole = f"{one[1]}.{kinds[one[3]]}"
+            rows, inputs = found.get(whole, (0, 0, shape[1]))[1:]
+            assert inputs == shape[1]
+            found[whole] = (int(one[2]) + 1, rows + shape[0] * (one[2] == "0"), inputs)
+        else:
+            found[name] = shape
+    return found
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -152,8 +187,15 @@ def test_the_count_is_the_published_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_counts_of_experts_are_the_published_ones(name: str) -> None:
-    counts = measure(built(name))
-    assert (round(counts.parameters / 1e9, 1), round(counts.active_with_embedding / 1e9, 1)) == EXPERTS[name]
+    counts, (whole, active, embedded) = measure(built(name)), EXPERTS[name]
+    met = counts.active_with_embedding if embedded else counts.active_parameters
+    assert (round(counts.parameters / 1e9, 1), round(met / 1e9, 1)) == (whole, active)
+
+
+def test_inspect_counts_deepseek_v3_without_its_selection_biases_and_its_prediction_module() -> None:
+    found = inspect("deepseek-v3")
+    assert found["parameters"] == 671_026_404_352 and found["buffers"] == 58 * 256 == 14_848
+    assert found["active_parameters"] == 36_625_603_584
 
 
 def test_the_experts_of_the_smallest_deepseekmoe_have_the_published_sizes() -> None:
@@ -170,13 +212,13 @@ def test_the_experts_of_the_smallest_deepseekmoe_have_the_published_sizes() -> N
 def test_what_was_published_is_written_again(name: str) -> None:
     config = preset_config(name)
     written = find_layout(config["model_type"]).to_config(preset(name))
+    scaling = config.get("rope_scaling")  # may say less than is written
+    written |= {"rope_scaling": {key: written["rope_scaling"].get(key) for key in scaling}} if scaling else {}
     assert {key: written.get(key, "nothing") for key in config} == config
 
 
 def test_every_layout_has_presets() -> None:
-    of_experts = {"deepseek_v2"}  # published in no size whose layers are all dense
-    found = {preset_config(name)["model_type"].replace("-", "_") for name in CONFIGURED}
-    assert found | of_experts == set(layouts()) and not found & of_experts
+    assert {preset_config(name)["model_type"].replace("-", "_") for name in CONFIGURED} == set(layouts())
 
 
 def test_an_unknown_name_is_one_sentence_with_the_nearest() -> None:

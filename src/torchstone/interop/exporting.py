@@ -21,7 +21,7 @@ import torch
 
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.files import full_disk, read_json, write_json
-from torchstone.interop.layout import Layout, find_layout, layouts
+from torchstone.interop.layout import Layout, find_layout, layouts, tensors_of
 from torchstone.interop.packing import packed_spec, write_packed
 from torchstone.interop.peft import adapter
 from torchstone.interop.source import COMPANIONS
@@ -196,9 +196,11 @@ def _write_layout(
     get: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
 ) -> None:
-    meta = dict(shape_of(spec).named_parameters())
-    shapes = {name: tuple(tensor.shape) for name, tensor in layout.write(spec, meta.__getitem__)}
-    _write_tensors(work, shapes, layout.write(spec, get), dtype)
+    model = shape_of(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layout.write(spec, tensors_of(model).__getitem__)}
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    kept = {their: buffers[step.ours] for step in layout.steps(spec) if step.ours in buffers for their in step.theirs}
+    _write_tensors(work, shapes, layout.write(spec, get), dtype, kept)
     name = str(dtype).removeprefix("torch.")
     labels = {key: value for key, value in run.config.items() if key in ("id2label", "label2id") and key in config}
     write_json(work / "config.json", {**config, **labels, **_special(run), "dtype": name})
@@ -208,8 +210,10 @@ def _write_layout(
 def _write_own(
     work: Path, run: RunFolder, spec: TransformerSpec, get: Callable[[str], torch.Tensor], dtype: torch.dtype
 ) -> None:
-    shapes = {name: tuple(parameter.shape) for name, parameter in shape_of(spec).named_parameters()}
-    _write_tensors(work, shapes, ((name, get(name)) for name in shapes), dtype)
+    model = shape_of(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    _write_tensors(work, shapes, ((name, get(name)) for name in shapes), dtype, buffers)
     config = config_of(spec, None) | _special(run)
     head = config["architectures"][0]
     auto = f"AutoModel{head.removeprefix('Torchstone')}" if head != "TorchstoneModel" else "AutoModel"
@@ -229,10 +233,14 @@ def _write_adapter(work: Path, body: dict[str, Any], tensors: Mapping[str, torch
 
 
 def _write_tensors(
-    work: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+    work: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    kept: Mapping[str, torch.dtype],
 ) -> None:
-    """One file, or shards with an index."""
-    size = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    """One file, or shards with an index. `kept`: what is not stored in `dtype`."""
+    size = {name: torch.Size(shape).numel() * kept.get(name, dtype).itemsize for name, shape in shapes.items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = _SHARD
     for name, shape in shapes.items():
@@ -242,12 +250,13 @@ def _write_tensors(
         shards[-1][name] = shape
         room -= size[name]
     if len(shards) == 1:
-        stream_tensors(work / "model.safetensors", shapes, tensors, dtype)
+        stream_tensors(work / "model.safetensors", shapes, tensors, dtype, kept=kept)
         return
     table: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stream_tensors(work / file, shard, (next(tensors) for _ in shard), dtype)
+        own = {name: kept[name] for name in shard if name in kept}
+        stream_tensors(work / file, shard, (next(tensors) for _ in shard), dtype, kept=own)
         table |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(size.values())}, "weight_map": table}
     (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

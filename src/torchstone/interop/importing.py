@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import full_disk, read_json, write_json
-from torchstone.interop.layout import Shapes, compare_shapes, find_layout
+from torchstone.interop.layout import Shapes, compare_shapes, find_layout, tensors_of
 from torchstone.interop.source import CheckpointFolder
 from torchstone.model.transformer import TransformerSpec
 from torchstone.recipe import Recipe
@@ -46,9 +47,9 @@ def import_run(source: str | Path, out: str | Path) -> RunFolder:
     """
     given, folder = CheckpointFolder.find(source), RunFolder(out)
     folder.check_free()
-    spec, tensors = _read(given)
+    spec, tensors, dtype = _read(given)
     model = shape_of(spec)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     tokenizer = _tokenizer(given)
     if tokenizer is not None and spec.vocabulary is not None and tokenizer.vocabulary > spec.vocabulary:
         raise TorchstoneError(
@@ -60,7 +61,7 @@ def import_run(source: str | Path, out: str | Path) -> RunFolder:
     try:
         with full_disk(folder.path):
             work.mkdir(parents=True)
-            stream_tensors(work / "model.safetensors", shapes, tensors, given.dtype())
+            stream_tensors(work / "model.safetensors", shapes, tensors, dtype, kept=_buffers(model))
         RunFolder(work).begin(_recipe(spec, tokenizer, folder.path), tokenizer, facts)
         names = {name: given.config[name] for name in ("id2label", "label2id") if name in given.config}
         if names and spec.head.kind == "classification":
@@ -75,26 +76,35 @@ def import_run(source: str | Path, out: str | Path) -> RunFolder:
     return folder
 
 
-def _read(given: CheckpointFolder) -> tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]]]:
-    """The spec, and our parameters one at a time; all refusals come here."""
-    if given.config.get("quantization_config"):
-        raise TorchstoneError(f"{given.name}: its weights are quantised (quantization_config), which cannot be read")
+_Read = tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]], torch.dtype]
+
+
+def _read(given: CheckpointFolder) -> _Read:
+    """The spec, our tensors one at a time, and the precision of parameters; all refusals come here."""
     shapes: Shapes = given.shapes
     if given.config["model_type"] == "torchstone":
         return _own(given)
     layout = find_layout(given.config["model_type"])
     spec = validate(TransformerSpec, layout.to_spec(given.config, shapes), given.name)
-    return spec, layout.read(spec, shapes, given.get)
+    buffers = _buffers(shape_of(spec))
+    apart = {name for step in layout.steps(spec) if step.ours in buffers for name in step.theirs}
+    return spec, layout.read(spec, shapes, given.get), given.dtype(apart)
 
 
-def _own(given: CheckpointFolder) -> tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]]]:
+def _own(given: CheckpointFolder) -> _Read:
     """A checkpoint of our own, which `export` wrote."""
     spec = RunFolder(given.path).model_spec
     if not isinstance(spec, TransformerSpec):
         raise TorchstoneError(f"{given.name}: model {spec.kind} cannot be imported")
-    wanted = {name: tuple(parameter.shape) for name, parameter in shape_of(spec).named_parameters()}
+    model = shape_of(spec)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     compare_shapes(given.name, wanted, given.shapes)
-    return spec, ((name, given.get(name)) for name in wanted)
+    return spec, ((name, given.get(name)) for name in wanted), given.dtype(_buffers(model))
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.dtype]:
+    """What a model keeps besides parameters, and in which precision."""
+    return {name: buffer.dtype for name, buffer in model.named_buffers()}
 
 
 def _tokenizer(given: CheckpointFolder) -> Tokenizer | None:

@@ -9,7 +9,7 @@ A `Layout` is data: a table of rules (our parameter's pattern, their tensors' pa
 for the config. Which parameters exist, and their shapes and slices, is asked of the model itself, built on the meta
 device; so one table serves tied and untied, with biases and without.
 
-*Theirs* are tensors of a checkpoint, *ours* parameters of a `Transformer`.
+*Theirs* are tensors of a checkpoint, *ours* parameters of a `Transformer`, and the buffers that it keeps.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from torchstone.errors import TorchstoneError, nearest
+from torchstone.model.linear import LinearBank
 from torchstone.model.stack import LayerSpec
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
@@ -45,6 +46,7 @@ __all__ = [
     "find_layout",
     "layouts",
     "load_state",
+    "tensors_of",
 ]
 
 Shapes = Mapping[str, Sequence[int]]
@@ -116,21 +118,25 @@ HEAD_BY_HEAD = HeadByHead()
 class Rule:
     """One row of the table: a pattern of our names, theirs in the order of our slices, and the transform between.
 
-    ``{i}`` stands for a layer's number and ``{p}`` for "weight" or "bias".
+    ``{i}`` stands for a layer's number and ``{p}`` for "weight" or "bias". With ``{e}`` in theirs the row is about a
+    bank of projections, and they are repeated for each of them, ``{e}`` being its number.
     """
 
     ours: str
     theirs: str | tuple[str, ...]
     transform: Pieces = PIECES
 
-    def match(self, name: str) -> tuple[str, ...] | None:
-        """Their names for the parameter `name` of ours; None if the rule is about another."""
+    def match(self, name: str, count: int | None = None) -> tuple[str, ...] | None:
+        """Their names for the parameter `name` of ours; None if the rule is about another.
+
+        `count`: projections in the bank that the parameter belongs to; None if it belongs to none.
+        """
         pattern = re.escape(self.ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
         found = re.fullmatch(pattern, name)
-        if found is None:
-            return None
         theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
-        return tuple(their.format_map(found.groupdict()) for their in theirs)
+        if found is None or (count is not None) != ("{e}" in theirs[0]):
+            return None
+        return tuple(their.format(e=e, **found.groupdict()) for e in range(count or 1) for their in theirs)
 
 
 @dataclass(frozen=True)
@@ -236,11 +242,14 @@ class Model:
             K = attention.head_size(spec.width)
             defaults = {"head_dim": K, "kv_heads": attention.heads, "scale": K**-0.5}
             left_open = {name: value for name, value in defaults.items() if getattr(attention, name, value) is None}
-            hidden = layer.ffn.hidden or block.ffn.down.weight.shape[1]
+            ffn: dict[str, Any] = {"hidden": layer.ffn.hidden or block.ffn.down.weight.shape[1]}
+            router = getattr(layer.ffn, "router", None)
+            if router is not None and getattr(router, "keep_groups", 0) is None:
+                ffn["router"] = router.model_copy(update={"keep_groups": router.groups})
             return layer.model_copy(
                 update={
                     "attention": attention.model_copy(update=left_open),
-                    "ffn": layer.ffn.model_copy(update={"hidden": hidden}),
+                    "ffn": layer.ffn.model_copy(update=ffn),
                 }
             )
 
@@ -270,7 +279,12 @@ _PLAIN = {
 }
 """Kinds that every layout so far has."""
 
-_NO_FACTS = frozenset({"dropout", "drop_path", "std", "scale_outputs", "form"})
+_NO_FACTS = frozenset(
+    {
+        *("dropout", "drop_path", "std", "scale_outputs", "form"),
+        *("capacity", "balance", "group_balance", "sequence_balance", "update_rate", "update_steps"),
+    }
+)
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -302,7 +316,8 @@ class Layout:
         config: a model of these kinds -> the config.
         rules: the table for everything but the head.  heads: kind of head -> its rows.
         copies: tensors that repeat others.
-        skipped: patterns of tensors that hold nothing of the model: buffers, and heads that were not asked for.
+        skipped: patterns of tensors that hold nothing of the model: buffers, heads that were not asked for, layers
+            beyond the last, whose number is ``{depth}``.
         prefix: what checkpoints of the bare model, without a head, leave out of their names.
         renamed: (old, new) substrings of names in checkpoints of earlier times.
         free: paths of the spec that have no meaning in this layout.
@@ -353,7 +368,8 @@ class Layout:
         config = {"model_type": self.model_type, "architectures": [architecture], **self.config(model)}
         again = validate(TransformerSpec, self.to_spec(config))
         wanted, got = model.facts(), Model.of(again, _on_meta(again)).facts()
-        for path in sorted({*wanted, *got} - self.free):
+        # another kind of part has other fields: it is the kind that does not fit
+        for path in sorted({*wanted, *got} - self.free, key=lambda path: (not path.endswith(".kind"), path)):
             if not _alike(wanted.get(path), got.get(path)):
                 raise self._misfit(path, wanted.get(path), got.get(path))
         return config
@@ -365,7 +381,9 @@ class Layout:
         allowed = {**_PLAIN, **self.kinds, "head": tuple(self.architectures.values())}
         layers = (*spec.plan("encoder"), *spec.plan("decoder"))
         for family, kinds in allowed.items():
-            holders = layers if family in LayerSpec.model_fields else (spec,)
+            holders: Sequence[Any] = layers if family in LayerSpec.model_fields else (spec,)
+            if family == "router":
+                holders = [layer.ffn for layer in layers if hasattr(layer.ffn, "router")]
             for kind in (getattr(holder, family).kind for holder in holders):
                 if kind not in kinds:
                     raise self._misfit(family, kind, " or ".join(dict.fromkeys(kinds)))
@@ -384,13 +402,14 @@ class Layout:
         model = _on_meta(spec)
         rules = (*self.rules, *self.heads.get(spec.head.kind, ()))
         steps = []
-        for name, parameter in model.named_parameters():
-            found = next(((rule, theirs) for rule in rules if (theirs := rule.match(name))), None)
+        for name, tensor in tensors_of(model).items():
+            holder: Any = model.get_submodule(name.rpartition(".")[0])
+            count = holder.count if isinstance(holder, LinearBank) else None
+            found = next(((rule, theirs) for rule in rules if (theirs := rule.match(name, count))), None)
             if found is None:
                 raise TorchstoneError(f"the {self.model_type} layout has no place for the parameter {name}")
             rule, theirs = found
-            shape = tuple(parameter.shape)
-            holder: Any = model.get_submodule(name.rpartition(".")[0])
+            shape = tuple(tensor.shape)
             sizes = shape[:1] if len(theirs) == 1 else holder.slices  # a fused projection knows its slices
             transform = rule.transform.at(spec, getattr(holder, "slices", ()))
             steps.append(Step(name, shape, theirs, sizes, transform))
@@ -426,7 +445,7 @@ class Layout:
         _refuse(
             f"{self.model_type} checkpoint",
             missing=[name for name in needs if name not in names],
-            surplus=[names[name] for name in names if name not in known and not self._skips(name)],
+            surplus=[names[name] for name in names if name not in known and not self._skips(name, spec)],
             shapes={
                 names[name]: (tuple(shapes[names[name]]), shape)
                 for name, shape in needs.items()
@@ -442,14 +461,14 @@ class Layout:
                 )
         return ((step.ours, step.transform.join([get(names[name]) for name in step.theirs])) for step in steps)
 
-    def _skips(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.skipped)
+    def _skips(self, name: str, spec: TransformerSpec) -> bool:
+        return any(fnmatchcase(name, pattern.format(depth=spec.depth)) for pattern in self.skipped)
 
     def left(self, spec: TransformerSpec, shapes: Shapes) -> list[str]:
         """Tensors of theirs that `read` leaves: buffers, and heads that were not asked for."""
         used = {theirs for step in self.steps(spec) for theirs in step.theirs}
         used |= {copy.name for copy in self.copies}
-        return [given for name, given in self._names(shapes).items() if name not in used and self._skips(name)]
+        return [given for name, given in self._names(shapes).items() if name not in used and self._skips(name, spec)]
 
     def write(self, spec: TransformerSpec, get: Get) -> Iterator[tuple[str, torch.Tensor]]:
         """Their tensors from our parameters, one parameter at a time, contiguous."""
@@ -517,15 +536,20 @@ def find_layout(model_type: str) -> Layout:
 # ------------------------------------------------------------------------------------------------ loading a model
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters of a model and the buffers that it keeps, by name, in the model's order."""
+    return model.state_dict(keep_vars=True)
+
+
 def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Put tensors into a model's parameters, each in the parameter's own precision, one at a time. A parameter on the
+    """Put tensors into a model's parameters and buffers, each in its own precision there, one at a time. What is on the
     meta device gets memory of its own.
 
     Raises:
         TorchstoneError: missing, surplus and mis-shaped tensors, all by name in one sentence. From a mapping nothing
             has changed then; from an iterable, whose names are not known before, the model is part old and part new.
     """
-    wanted = dict(model.named_parameters())
+    wanted = tensors_of(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     if isinstance(tensors, Mapping):
         compare_shapes("model state", shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -538,15 +562,17 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor] | Iterable[
     compare_shapes("model state", shapes, seen)
 
 
-def _put(model: nn.Module, name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    if parameter.is_meta:
+def _put(model: nn.Module, name: str, own: torch.Tensor, tensor: torch.Tensor) -> None:
+    if own.is_meta:
         path, _, last = name.rpartition(".")
         # a copy: the tensor may be a view of a memory-mapped file
-        fresh = torch.empty(tensor.shape, dtype=parameter.dtype, device=tensor.device).copy_(tensor)
-        setattr(model.get_submodule(path), last, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+        fresh = torch.empty(tensor.shape, dtype=own.dtype, device=tensor.device).copy_(tensor)
+        if isinstance(own, nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=own.requires_grad)
+        setattr(model.get_submodule(path), last, fresh)
     else:
         with torch.no_grad():
-            parameter.copy_(tensor)
+            own.copy_(tensor)
 
 
 def compare_shapes(what: str, wanted: Mapping[str, tuple[int, ...]], given: Shapes) -> None:

@@ -8,8 +8,9 @@ Tensors are read from memory-mapped files when they are asked for, one at a time
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ _SLOW_TOKENIZERS = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+"""Weights, and what buffers may hold."""
+_SCALES = "_scale_inv"
+"""Ending of the scales of a matrix that is quantised by blocks."""
 
 
 class CheckpointFolder:
@@ -132,28 +136,59 @@ class CheckpointFolder:
             raise TorchstoneError(f"{file}: lacks {name}, which the index puts there") from None
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor, from the headers alone."""
-        return {name: tuple(self._slice(name).get_shape()) for name in self._files}
-
-    def get(self, name: str) -> torch.Tensor:
-        """A tensor, read now.
+    def _block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block with one scale, where matrices have 8 bits; None where none is quantised.
 
         Raises:
-            TorchstoneError: its numbers are not floating-point: quantised weights need their own layout.
+            TorchstoneError: they are quantised in another way.
         """
-        self._slice(name)
-        tensor = self._open(self._files[name]).get_tensor(name)
-        if tensor.dtype not in _FLOATS:
+        given = self.config.get("quantization_config")
+        if not given:
+            return None
+        block = given.get("weight_block_size") if isinstance(given, Mapping) else None
+        if isinstance(block, list) and given.get("quant_method") == "fp8" and len(block) == 2 and all(block):
+            return block[0], block[1]
+        raise TorchstoneError(
+            f"{self.name}: its weights are quantised (quantization_config), which cannot be read unless it is fp8 "
+            "with a weight_block_size, as of DeepSeek-V3"
+        )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, from the headers alone; scales of quantised ones are none of their own."""
+        names = [name for name in self._files if self._block is None or not name.endswith(_SCALES)]
+        return {name: tuple(self._slice(name).get_shape()) for name in names}
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, read now, and in float32 if it was quantised.
+
+        Raises:
+            TorchstoneError: it is quantised in another way than by blocks, or lacks its scales.
+        """
+        tensor = self._tensor(name)
+        if tensor.dtype is torch.float8_e4m3fn and self._block is not None and f"{name}{_SCALES}" in self._files:
+            scales, (rows, columns) = self._tensor(f"{name}{_SCALES}"), self._block
+            wanted = (math.ceil(tensor.shape[0] / rows), math.ceil(tensor.shape[1] / columns))
+            if scales.shape != wanted:
+                raise TorchstoneError(f"{self.name}: {name}{_SCALES} is {tuple(scales.shape)}, not {wanted}")
+            scales = scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            return tensor.float() * scales[: tensor.shape[0], : tensor.shape[1]]
+        if tensor.dtype not in _READ:
             raise TorchstoneError(
                 f"{self.name}: {name} is {str(tensor.dtype).removeprefix('torch.')}; quantised weights cannot be read"
             )
         return tensor
 
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights: the widest that occurs."""
+    def _tensor(self, name: str) -> torch.Tensor:
+        self._slice(name)
+        tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
+        return tensor
+
+    def dtype(self, apart: Container[str] = ()) -> torch.dtype:
+        """The precision of the weights: the widest that occurs, among all but those `apart`. What is quantised is as
+        precise as what is not."""
         code = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        found = {self._slice(name).get_dtype() for name in self._files}
+        found = {self._slice(name).get_dtype() for name in self.shapes if name not in apart}
         return next((dtype for name, dtype in code.items() if name in found), torch.float32)
 
     def companions(self) -> list[Path]:

@@ -93,12 +93,23 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(iter(TensorFile(path)))
 
 
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+
+
 def stream_tensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     metadata: Mapping[str, str] | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write tensors as safetensors one at a time, so that never more than one is in memory. The caller provides
     atomicity.
@@ -109,13 +120,14 @@ def stream_tensors(
         tensors: (name, tensor) in any order.
         dtype: what they are stored in.
         metadata: strings of the header, beside the checksum.
+        kept: by name, what is stored in something else: buffers.
     """
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    dtypes = {**dict.fromkeys(shapes, dtype), **(kept or {})}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {}), "sha256": "0" * 64}}
     ends = [0]
-    for name in sorted(shapes):
-        ends.append(ends[-1] + math.prod(shapes[name]) * dtype.itemsize)
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": ends[-2:]}
+    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # each at a multiple of its size
+        ends.append(ends[-1] + math.prod(shapes[name]) * dtypes[name].itemsize)
+        header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": ends[-2:]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start, written = 8 + len(text), set()
@@ -126,7 +138,7 @@ def stream_tensors(
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, announced as {tuple(shapes[name])}")
             file.seek(start + header[name]["data_offsets"][0])
-            file.write(tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.detach().to("cpu", dtypes[name]).contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written.add(name)
         if written != set(shapes):
             raise ValueError(f"announced and not written: {sorted(set(shapes) - written)}")

@@ -50,8 +50,10 @@ def activation_name(ours: str) -> str:
 
 
 def gate_name(ffn: Any) -> str:
-    """Their name of the activation of our gated feed-forward."""
+    """Their name of the activation of our gated feed-forward, or of our experts."""
     activation = getattr(ffn, "activation", None)
+    if ffn.kind == "moe":
+        return activation_name(ffn.activation)
     return next(
         theirs for theirs, gate in GATES.items() if gate["kind"] == ffn.kind and gate.get("activation") == activation
     )
