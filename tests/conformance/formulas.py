@@ -90,6 +90,11 @@ def _moe(spec: Any, D: int, V: int) -> int:
     return (spec.experts + spec.shared) * one + of(spec.router)(spec.router, D, spec.experts, V)
 
 
+def _mlp(spec: Any, D: int, V: int = 0) -> int:
+    F = spec.hidden or 4 * D
+    return 2 * D * F + (F + D) * spec.bias
+
+
 def _gated(spec: Any, D: int, V: int = 0) -> int:
     F = spec.hidden or (8 * D // 3 + 31) // 32 * 32
     return 3 * D * F + (2 * F + D) * spec.bias
@@ -146,6 +151,8 @@ def _of_ffn(spec: Any, D: int) -> list[Projection]:
     if spec.kind == "moe":  # those of shared experts; banks of experts have none of their own
         F = spec.shared * _moe_hidden(spec, D)
         return [(D, F, "up"), (F, D, "down"), *([(D, F, "gate")] if spec.gated else [])] if F else []
+    if spec.kind == "multiway":  # banks
+        return []
     F = spec.hidden or (4 * D if spec.kind == "mlp" else (8 * D // 3 + 31) // 32 * 32)
     return [(D, F, "up"), (F, D, "down"), *([] if spec.kind == "mlp" else [(D, F, "gate")])]
 
@@ -170,10 +177,11 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("attention", "shared_kv"): _shared_kv,
     ("attention", "mla"): _mla,
     ("attention", "dilated"): _softmax,
-    ("ffn", "mlp"): lambda spec, D, V: 2 * D * (spec.hidden or 4 * D) + ((spec.hidden or 4 * D) + D) * spec.bias,
+    ("ffn", "mlp"): _mlp,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,
     ("ffn", "moe"): _moe,
+    ("ffn", "multiway"): lambda spec, D, V: spec.modalities * _mlp(spec, D, V),
     **{("router", kind): _router for kind in ("topk", "sigmoid_bias", "cosine", "hash", "stable")},
     # what a kind adds to the matrices of projections
     ("linear", "dense"): lambda spec, projections: 0,
@@ -257,6 +265,7 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
     written = [inputs for inputs, _, role in projections if role in ("out", "down")]
     written += [_moe_hidden(layer.ffn, D)] * ffns if layer.ffn.kind == "moe" else []  # one for all chosen experts
+    written += [layer.ffn.hidden or 4 * D] * ffns if layer.ffn.kind == "multiway" else []
     total += sum(inside * of(layer.norm)(layer.norm, inputs) for inputs in written)
     projections += crosses * of_attention(layer.attention, D, D)
     return total + of(layer.linear)(layer.linear, projections)

@@ -622,6 +622,20 @@ def _() -> None:
         experts_agree(fields)
 
 
+@oracle("ffn", "multiway")
+def _() -> None:
+    m = ready(resolve("ffn", "multiway")(modalities=3, hidden=20, bias=True, activation="relu").build(Site(width=32)))
+    x, of = drawn(2, 9, 32), torch.arange(18).view(2, 9) % 7 % 3
+    up, down = m.up.weight.view(3, 20, 32), m.down.weight.view(3, 32, 20)
+    b1, b2 = m.up_bias.view(3, 20), m.down_bias.view(3, 32)
+    hand = [
+        [down[k] @ (up[k] @ v + b1[k]).relu() + b2[k] for v, k in zip(*r, strict=True)]
+        for r in zip(x, of.tolist(), strict=True)
+    ]
+    ctx = replace(Context.alone(x), q=Tokens.of(of, modality=of))
+    same(m(x, ctx)[0], torch.stack([torch.stack(row) for row in hand]))
+
+
 def routed(kind: str) -> None:
     for fields in variants("router").values():
         if fields["kind"] == kind:
