@@ -104,6 +104,24 @@ def test_names_that_differ_in_the_layer_alone_are_listed_together() -> None:
     )
 
 
+def test_names_that_differ_in_the_expert_alone_are_listed_together() -> None:
+    layout, spec, _, tensors = made("deepseek_v3")
+    kept = {name: tensor for name, tensor in tensors.items() if "experts.3." not in name and "up_proj" not in name}
+    assert refused(layout, kept, spec) == (
+        "deepseek_v3 checkpoint: missing model.layers.0.mlp.up_proj.weight, "
+        "model.layers.{1,2}.mlp.experts.{0,1,2,3}.up_proj.weight, model.layers.{1,2}.mlp.experts.3.gate_proj.weight, "
+        "model.layers.{1,2}.mlp.experts.3.down_proj.weight, model.layers.{1,2}.mlp.shared_experts.up_proj.weight"
+    )
+
+
+def test_experts_lie_one_below_the_other_in_a_bank_gate_above_up() -> None:
+    _, _, model, tensors = made("deepseek_v3")
+    ours = model.get_parameter("decoder.layers.2.ffn.up.weight").view(4, 2, 5, 8)
+    for e, kind in ((0, "gate"), (0, "up"), (3, "gate"), (3, "up")):
+        theirs = tensors[f"model.layers.2.mlp.experts.{e}.{kind}_proj.weight"]
+        assert torch.equal(theirs, ours[e, int(kind == "up")])
+
+
 def test_a_tied_copy_may_be_there_but_must_be_the_same() -> None:
     layout, spec, model, tensors = made("llama", tie_word_embeddings=True)
     assert "lm_head.weight" not in tensors

@@ -608,13 +608,18 @@ def _refuse(
 
 
 def _folded(names: Sequence[str]) -> list[str]:
-    """The names, those that differ in the layer's number alone as one: ``layers.{0,1,2}.norm.weight``."""
+    """The names, those that differ in the number of the layer or the expert alone as one:
+    ``layers.{0,1,2}.norm.weight``."""
+    return _fold(_fold(names, r"\.(\d+)\."), r"\.experts\.(\d+)\.")
+
+
+def _fold(names: Sequence[str], number: str) -> list[str]:
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        found = re.search(r"\.(\d+)\.", name)
-        ends = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        found = re.search(number, name)
+        ends = (name[: found.start(1)], name[found.end(1) :]) if found else (name, "")
         numbers.setdefault(ends, []).append(found.group(1) if found else "")
     return [
-        head if not at[0] else f"{head}.{at[0]}.{tail}" if len(at) == 1 else f"{head}.{{{','.join(at)}}}.{tail}"
+        f"{head}{at[0]}{tail}" if len(at) == 1 else f"{head}{{{','.join(at)}}}{tail}"
         for (head, tail), at in numbers.items()
     ]
