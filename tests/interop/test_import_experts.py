@@ -15,7 +15,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.interop.exporting import export_run
 from torchstone.interop.importing import import_run
 from torchstone.keys import Key
-from torchstone.train.checkpoint import TensorFile
+from torchstone.train.checkpoint import TensorFile, stream_tensors
 
 transformers = pytest.importorskip("transformers")
 BIAS = "decoder.layers.1.ffn.router.bias"
@@ -150,3 +150,14 @@ def test_what_is_quantised_otherwise_or_lacks_scales_is_refused_by_name(tmp_path
     with pytest.raises(TorchstoneError, match=r"experts\.3\.up_proj\.weight is float8_e4m3fn"):
         import_run(tmp_path / "hf", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tensors_of_several_precisions_lie_in_one_file_each_at_a_multiple_of_its_size(tmp_path: Path) -> None:
+    tensors = {"a": torch.tensor(True), "b": torch.arange(3), "c": torch.ones(5), "d": torch.full((3,), 0.1)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    kept = {"a": torch.bool, "b": torch.int64, "d": torch.float32}
+    stream_tensors(tmp_path / "x.safetensors", shapes, tensors.items(), torch.bfloat16, kept=kept)
+    read = dict(TensorFile(tmp_path / "x.safetensors"))  # compares with the checksum
+    wanted = {**tensors, "c": tensors["c"].bfloat16()}
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[name], wanted[name]) and read[name].dtype == wanted[name].dtype for name in read)
