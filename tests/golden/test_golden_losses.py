@@ -107,6 +107,8 @@ def cases() -> dict[str, dict[str, Any]]:
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
     made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
     made["form.encoder"] = {"model": {"causal": False, "head": {"kind": "classification", "pool": "mean"}}}
+    # a text meets the first network alone, which is `mlp`
+    made["ffn.multiway"]["model"]["ffn"] |= {"activation": "relu2"}
     made["dropout"] = {"model": {"dropout": 0.2, "drop_path": 0.2, "attention": {"dropout": 0.2}}}
     made["bf16"] = {"trainer": {"precision": "bf16"}}
     made["accumulate"] = {"trainer": {"accumulate": 2, "batch": 2}}
