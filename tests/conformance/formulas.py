@@ -180,6 +180,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("ffn", "mlp"): _mlp,
     ("ffn", "swiglu"): _gated,
     ("ffn", "geglu"): _gated,
+    ("ffn", "reglu"): _gated,
     ("ffn", "moe"): _moe,
     ("ffn", "multiway"): lambda spec, D, V: spec.modalities * _mlp(spec, D, V),
     **{("router", kind): _router for kind in ("topk", "sigmoid_bias", "cosine", "hash", "stable")},

@@ -541,6 +541,12 @@ def _() -> None:
     gated("geglu", "gelu_tanh", activation="gelu_tanh")
 
 
+@oracle("ffn", "reglu")
+def _() -> None:
+    gated("reglu", "relu")
+    gated("reglu", "relu2", activation="relu2")
+
+
 def norms(kind: str) -> None:
     for spec in (*specs("norm", kind), resolve("norm", kind)(eps=0.1)):
         m, x = ready(spec.build(9)), drawn(2, 3, 9) * 3 + 1

@@ -70,6 +70,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "relu2": {"activation": "relu2"},
     },
     ("ffn", "geglu"): {"tanh": {"activation": "gelu_tanh", "bias": True, "hidden": 40}},
+    ("ffn", "reglu"): {"squared": {"activation": "relu2", "bias": True, "hidden": 40}},
     ("ffn", "multiway"): {"biases": {"modalities": 3, "hidden": 20, "bias": True, "activation": "relu"}},
     ("ffn", "moe"): {"default": {"experts": 4, "hidden": 12}},
     ("router", "topk"): {

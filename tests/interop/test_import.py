@@ -123,7 +123,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "too deep": (lambda folder: edit(folder, num_hidden_layers=3), "missing model.layers.2.self_attn.o_proj.weight"),
     "too shallow": (lambda folder: edit(folder, num_hidden_layers=1), "surplus model.layers.1."),
     "other shape": (lambda folder: edit(folder, intermediate_size=40), "has shape (48, 32), not (40, 32)"),
-    "quantised": (lambda folder: edit(folder, quantization_config={"bits": 4}), "its weights are quantised"),
+    "quantised": (
+        lambda folder: edit(folder, quantization_config={"quant_method": "gptq"}),
+        "weights quantised by 'gptq'",
+    ),
     "tokenizer": (lambda folder: edit(folder, vocab_size=200), "not (200, 32)"),
 }
 

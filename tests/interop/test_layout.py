@@ -51,6 +51,14 @@ CONFIG["deepseek_v3"] = {
     "topk_group": 1,
     "moe_intermediate_size": 5,
 }
+CONFIG["bitnet"] = {
+    **CONFIG["mistral"],
+    "quantization_config": {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+    },
+}
 CONFIG["mixtral"] = {**CONFIG["mistral"], "num_local_experts": 3}
 MLA = {"kind": "mla", "heads": 2, "kv_latent": 6, "nope_dim": 4, "rope_dim": 2, "v_dim": 3}
 CONFIG["electra"] = {**CONFIG["llama"], "embedding_size": 6}
@@ -229,9 +237,9 @@ def test_load_state_is_strict_and_changes_nothing_that_it_refuses() -> None:
     ("model_type", "change", "message"),
     [
         ("llama", {"hidden_act": "silo"}, "llama config: hidden_act 'silo' is not supported (did you mean 'silu'?); "
-         "supported: silu, swish, gelu, gelu_new, gelu_pytorch_tanh"),
+         "supported: silu, swish, gelu, gelu_new, gelu_pytorch_tanh, relu, relu2"),
         ("llama", {"hidden_act": ["silu"]}, "llama config: hidden_act ['silu'] is not supported (did you mean "
-         "'silu'?); supported: silu, swish, gelu, gelu_new, gelu_pytorch_tanh"),
+         "'silu'?); supported: silu, swish, gelu, gelu_new, gelu_pytorch_tanh, relu, relu2"),
         ("llama", {"hidden_size": None}, "llama config: hidden_size is required"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
          "llama config: rope_type 'dynamic' is not supported; supported: default, linear, llama3, yarn"),
@@ -278,10 +286,10 @@ def test_load_state_is_strict_and_changes_nothing_that_it_refuses() -> None:
          "electra config: position_embedding_type 'relative_key' is not supported; supported: 'absolute'"),
         ("mt5", {"is_encoder_decoder": False},
          "mt5 config: is_encoder_decoder False is not supported; supported: True"),
-        ("t5", {"feed_forward_proj": "gated-relu"},
-         "t5 config: feed_forward_proj 'gated-relu' is not supported (did you mean 'gated-gelu'?); supported: gelu, "
+        ("t5", {"feed_forward_proj": "gated-celu"},
+         "t5 config: feed_forward_proj 'gated-celu' is not supported (did you mean 'gated-relu'?); supported: gelu, "
          "gelu_new, gelu_pytorch_tanh, relu, relu2, silu, swish, gated-silu, gated-swish, gated-gelu, gated-gelu_new, "
-         "gated-gelu_pytorch_tanh"),
+         "gated-gelu_pytorch_tanh, gated-relu, gated-relu2"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_backbone_has_not_is_one_sentence(
@@ -327,6 +335,9 @@ def test_an_option_that_the_backbone_has_not_is_one_sentence(
          "the deepseek_v2 layout has no place for decoder.layers.0.ffn.gated False; it takes True"),
         ("deepseek_v3", {"layers": [{"at": [1], "ffn": {"kind": "swiglu"}}]},
          "the deepseek_v3 layout has no place for decoder.layers.1.ffn.kind swiglu; it takes moe"),
+        ("bitnet", {"residual": "pre"}, "the bitnet layout has no place for residual pre; it takes subln"),
+        ("bitnet", {"linear": {"kind": "bitlinear", "norm": "none", "weights": "binary"}},
+         "the bitnet layout has no place for decoder.layers.0.linear.weights binary; it takes ternary"),
         ("mixtral", {"ffn": {"kind": "moe", "experts": 3, "hidden": 12}},
          "the mixtral layout has no place for decoder.layers.0.ffn.router.normalise False; it takes True"),
         ("mixtral", {"ffn": {"kind": "moe", "experts": 3, "shared": 1, "router": {"normalise": True}}},

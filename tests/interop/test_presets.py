@@ -70,6 +70,7 @@ PUBLISHED = {
     "deepseek-coder-v2": 235_741_434_880,
     "deepseek-coder-v2-lite": 15_706_484_224,
     "deepseek-v3": 671_026_404_352,
+    "bitnet-b1.58-2b-4t": 2_412_820_480,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
     "t5-small": 60_506_624,

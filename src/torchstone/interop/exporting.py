@@ -84,10 +84,14 @@ def export_run(run: RunFolder, out: str | Path, to: str = "hf", dtype: str | Non
     for _ in file:  # compares with the checksum before anything is written
         pass
     kept = file.dtype if dtype is None else DTYPES[dtype]
-    if to != "packed" and any(isinstance(module, PackedBitLinear) for module in shape_of(spec).modules()):
-        raise TorchstoneError("export: a packed run has no other form; export the run that it was packed from")
     plain, get = _merged(spec, file)
     layout = None if to in ("torchstone", "peft", "packed") else _layout(run, plain, to)
+    is_packed = any(isinstance(module, PackedBitLinear) for module in shape_of(spec).modules())
+    if is_packed and layout is None and to != "packed":
+        raise TorchstoneError(
+            "export: a packed run has no other form than the layout bitnet, where that has a place for it; export the "
+            "run that it was packed from"
+        )
     if to == "packed":
         packed = packed_spec(spec)
         write = lambda work: write_packed(work, run, packed, file, kept)  # noqa: E731

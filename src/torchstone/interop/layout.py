@@ -322,6 +322,7 @@ class Layout:
         renamed: (old, new) substrings of names in checkpoints of earlier times.
         free: paths of the spec that have no meaning in this layout.
         misread: endings of modules that PEFT, in this model type, takes for something else: experts.
+        quantised: ways to quantise weights that can be read.
     """
 
     model_type: str
@@ -338,6 +339,7 @@ class Layout:
     renamed: tuple[tuple[str, str], ...] = ()
     free: frozenset[str] = field(default=frozenset())
     misread: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ("fp8",)
 
     # -- config
 
@@ -353,6 +355,14 @@ class Layout:
                 f"{self.model_type} config: architecture {given!r} is not supported"
                 f"{nearest(given, self.architectures)}; supported: {', '.join(self.architectures)}"
             )
+        quantised = config.get("quantization_config")
+        if quantised:
+            way = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+            if way not in self.quantised:
+                raise TorchstoneError(
+                    f"{self.model_type} config: weights quantised by {way!r} (quantization_config) cannot be read; "
+                    f"supported: {', '.join(self.quantised)}"
+                )
         return self.spec(Config(self.model_type, config), self.architectures[given], shapes)
 
     def to_config(self, spec: TransformerSpec) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _SLOW_TOKENIZERS = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 """Weights, and what buffers may hold."""
 _SCALES = "_scale_inv"
 """Ending of the scales of a matrix that is quantised by blocks."""
@@ -137,20 +137,20 @@ class CheckpointFolder:
 
     @cached_property
     def _block(self) -> tuple[int, int] | None:
-        """Rows and columns of a block with one scale, where matrices have 8 bits; None where none is quantised.
+        """Rows and columns of a block with one scale, where matrices have floats of 8 bits; None where none has.
 
         Raises:
-            TorchstoneError: they are quantised in another way.
+            TorchstoneError: they have no blocks.
         """
         given = self.config.get("quantization_config")
-        if not given:
+        if not isinstance(given, Mapping) or given.get("quant_method") != "fp8":
             return None
-        block = given.get("weight_block_size") if isinstance(given, Mapping) else None
-        if isinstance(block, list) and given.get("quant_method") == "fp8" and len(block) == 2 and all(block):
+        block = given.get("weight_block_size")
+        if isinstance(block, list) and len(block) == 2 and all(block):
             return block[0], block[1]
         raise TorchstoneError(
-            f"{self.name}: its weights are quantised (quantization_config), which cannot be read unless it is fp8 "
-            "with a weight_block_size, as of DeepSeek-V3"
+            f"{self.name}: its weights have 8 bits (quantization_config) without a weight_block_size of two numbers, "
+            "as DeepSeek-V3's have; they cannot be read"
         )
 
     @cached_property

@@ -99,6 +99,7 @@ _CODES = {
     torch.float16: "F16",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 

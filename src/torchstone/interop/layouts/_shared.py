@@ -40,6 +40,8 @@ GATES: dict[str, dict[str, Any]] = {
     "gelu": {"kind": "geglu", "activation": "gelu"},
     "gelu_new": {"kind": "geglu", "activation": "gelu_tanh"},
     "gelu_pytorch_tanh": {"kind": "geglu", "activation": "gelu_tanh"},
+    "relu": {"kind": "reglu", "activation": "relu"},
+    "relu2": {"kind": "reglu", "activation": "relu2"},
 }
 """Their name of a gate's activation -> our gated feed-forward."""
 

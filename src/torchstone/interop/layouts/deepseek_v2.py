@@ -27,7 +27,7 @@ _FFN, _MLP = "decoder.layers.{i}.ffn", "model.layers.{i}.mlp"
 _LATENT_EPS = 1e-6
 _EXPERT = f"{_MLP}.experts.{{e}}"
 
-KINDS = {**llama.KINDS, "attention": ("mla",), "ffn": ("swiglu", "geglu", "moe")}
+KINDS = {**llama.KINDS, "attention": ("mla",), "ffn": (*llama.KINDS["ffn"], "moe")}
 MISREAD = (".gate_proj", ".up_proj", ".down_proj")
 RULES = (
     *(rule for rule in llama.RULES if ".attention." not in rule.ours),

@@ -39,7 +39,7 @@ RULES = (
 HEADS = {"lm": (Rule("head.out.weight", "lm_head.weight"),)}
 COPIES = (Copy("lm_head.weight", of="model.embed_tokens.weight"),)
 SKIPPED = ("*.rotary_emb.inv_freq",)
-KINDS = {"position": ("rotary",), "ffn": ("swiglu", "geglu"), "residual": ("pre",), "norm": ("rmsnorm",)}
+KINDS = {"position": ("rotary",), "ffn": ("swiglu", "geglu", "reglu"), "residual": ("pre",), "norm": ("rmsnorm",)}
 
 
 def body(config: Config, attention: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ COPIES = (
 )
 # an embedding that early checkpoints hold and no version ever used
 SKIPPED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-KINDS = {"position": ("t5",), "ffn": ("mlp", "swiglu", "geglu"), "residual": ("pre",), "norm": ("rmsnorm",)}
+KINDS = {"position": ("t5",), "ffn": ("mlp", "swiglu", "geglu", "reglu"), "residual": ("pre",), "norm": ("rmsnorm",)}
 
 _FFN: dict[str, dict[str, Any]] = {
     **{name: {"kind": "mlp", "activation": ours} for name, ours in ACTIVATIONS.items()},
@@ -107,7 +107,7 @@ def body_config(model: Model) -> dict[str, Any]:
     layer: Any = model.decoder[0]
     head: Any = model.spec.head
     ffn = layer.ffn
-    gated = {"swiglu": "gated-silu", "geglu": "gated-gelu"}
+    gated = {"swiglu": "gated-silu", "geglu": "gated-gelu", "reglu": f"gated-{getattr(ffn, 'activation', None)}"}
     return {
         "vocab_size": model.spec.vocabulary,
         "d_model": model.spec.width,
