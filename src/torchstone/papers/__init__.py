@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from torchstone.errors import TorchstoneError, nearest
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Setting, one_thread
 
 __all__ = [
     "Arms",
@@ -17,6 +17,7 @@ __all__ = [
     "Paper",
     "Setting",
     "find_paper",
+    "one_thread",
     "search_papers",
     "slugs",
 ]

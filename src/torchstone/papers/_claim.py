@@ -17,7 +17,19 @@ from typing import Any, Literal
 from torchstone.compare.decide import Gate as Answer
 from torchstone.compare.decide import gate
 
-__all__ = ["Arms", "Claim", "Effect", "Kind", "Measured", "Number", "Paper", "Scale", "Setting", "decide_claim"]
+__all__ = [
+    "Arms",
+    "Claim",
+    "Effect",
+    "Kind",
+    "Measured",
+    "Number",
+    "Paper",
+    "Scale",
+    "Setting",
+    "decide_claim",
+    "one_thread",
+]
 
 Kind = Literal["behaviour", "cost", "arithmetic", "identity"]
 Scale = Literal["quick", "evidence", "gpu"]
@@ -133,6 +145,26 @@ class Arms:
     metric: str = "test_bits_per_byte"
     shifted: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
+
+
+def one_thread(steps: int, batch: int, **evaluate: int) -> dict[str, Any]:
+    """Sections `trainer` and `evaluate` of a small training that everybody repeats to the bit: one thread, float32,
+    nothing compiled, one measurement at the end.
+
+    Args:
+        steps: of the optimiser.
+        batch: rows a step.
+        evaluate: other fields of `evaluate`, as `test_blocks`.
+    """
+    trainer = {
+        "steps": steps,
+        "batch": batch,
+        "threads": 1,
+        "precision": "fp32",
+        "compile": "off",
+        "save_every": steps,
+    }
+    return {"trainer": trainer, "evaluate": {"every": steps, **evaluate}}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchstone.model.linear.bitlinear import BitLinear, BitLinearSpec, PackedBi
 from torchstone.model.measure import energy, measure
 from torchstone.model.site import Initialise, initialise
 from torchstone.model.transformer import Transformer, TransformerSpec
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -279,15 +279,7 @@ SCRATCH = Claim(
             "data": {"corpus": "packages", "tokenizer": "bytes", "block": 64},
             "optimizer": {"kind": "adamw", "lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.0},
             "schedule": {"kind": "linear", "warmup": 20},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 8,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 64, "test_blocks": 512},
+            **one_thread(_STEPS, 8, blocks=64, test_blocks=512),
         },
         patches={
             "dense": {},

@@ -8,7 +8,7 @@ import torch
 
 from torchstone.model.site import initialise
 from torchstone.model.transformer import Transformer, TransformerSpec
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -193,15 +193,7 @@ QUALITY = Claim(
             "data": {"corpus": "packages", "tokenizer": "bytes", "block": 256},
             "optimizer": {"kind": "adamw", "lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1},
             "schedule": {"kind": "cosine", "warmup": 50},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 8,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 16, "test_blocks": 256},
+            **one_thread(_STEPS, 8, blocks=16, test_blocks=256),
         },
         patches={
             **_ARMS,

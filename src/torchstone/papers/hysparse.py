@@ -20,7 +20,7 @@ from torchstone.model.site import Gives, Site, initialise
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import TransformerSpec
 from torchstone.ops.attention import attention_reference
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -181,15 +181,7 @@ RETRIEVAL = Claim(
             "data": {"kind": "recall", "pairs": 4, "queries": 4, "keys": 8, "values": 8},
             "optimizer": {"kind": "adamw", "lr": 4e-3, "weight_decay": 0.0},
             "schedule": {"kind": "constant", "warmup": 50},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 64,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 64, "test_blocks": 512},
+            **one_thread(_STEPS, 64, blocks=64, test_blocks=512),
         },
         # gates of two sparse layers, one a head and branch, are 1 % of the parameters: the arms are of one size
         patches={

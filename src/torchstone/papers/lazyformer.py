@@ -12,7 +12,7 @@ from torchstone.model.measure import Measures, measure
 from torchstone.model.stack import LayerPlan, LayerSpec
 from torchstone.model.stack.lazy import LazySpec
 from torchstone.model.transformer import TransformerSpec
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -146,15 +146,7 @@ EQUAL_STEPS = Claim(
             "data": {"corpus": "packages", "tokenizer": "bytes", "block": 64},
             "optimizer": {"kind": "adamw", "lr": 4e-3, "betas": [0.9, 0.98], "weight_decay": 0.01},
             "schedule": {"kind": "linear", "warmup": 50},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 16,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 64, "test_blocks": 1024},
+            **one_thread(_STEPS, 16, blocks=64, test_blocks=1024),
         },
         patches={
             "plain": {},

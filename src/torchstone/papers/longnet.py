@@ -15,7 +15,7 @@ from torchstone.model.attention.dilated import DilatedSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.site import Site, initialise
 from torchstone.ops.dilated import Pattern
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 
 __all__ = ["PAPER"]
 
@@ -128,15 +128,7 @@ DISTANT_RECALL = Claim(
             "model": {"width": 64, "depth": 2, "attention": _DILATED, "position": "rotary"},
             "data": {"kind": "needle", "length": _LENGTH},
             "optimizer": {"kind": "adamw", "lr": 8e-3},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 32,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 512},
+            **one_thread(_STEPS, 32, blocks=512),
         },
         patches={
             "dilated": {},

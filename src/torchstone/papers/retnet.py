@@ -14,7 +14,7 @@ from torchstone.model.context import Context
 from torchstone.model.site import Site
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.ops.retention import retention
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -181,15 +181,7 @@ QUALITY = Claim(
             "data": {"corpus": "packages", "tokenizer": "bytes", "block": 256},
             "optimizer": {"kind": "adamw", "lr": 3e-3},
             "schedule": {"kind": "cosine", "warmup": 30},
-            "trainer": {
-                "steps": _STEPS,
-                "batch": 8,
-                "threads": 1,
-                "precision": "fp32",
-                "compile": "off",
-                "save_every": _STEPS,
-            },
-            "evaluate": {"every": _STEPS, "blocks": 64, "test_blocks": 256},
+            **one_thread(_STEPS, 8, blocks=64, test_blocks=256),
         },
         patches={
             "softmax": _PLAIN,

@@ -18,7 +18,7 @@ from torchstone.model.stack import LayerPlan, LayerSpec
 from torchstone.model.stack.yoco import YocoSpec
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer, TransformerSpec
-from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting
+from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
 from torchstone.spec import validate
 
 __all__ = ["PAPER"]
@@ -129,15 +129,7 @@ def _recipe(data: dict[str, Any], steps: int, batch: int, **evaluate: int) -> di
         "data": data,
         "optimizer": {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.0},
         "schedule": {"kind": "cosine", "warmup": 50},
-        "trainer": {
-            "steps": steps,
-            "batch": batch,
-            "threads": 1,
-            "precision": "fp32",
-            "compile": "off",
-            "save_every": steps,
-        },
-        "evaluate": {"every": steps, **evaluate},
+        **one_thread(steps, batch, **evaluate),
     }
 
 
