@@ -110,7 +110,7 @@ DISTANT_RECALL = Claim(
     id="distant-recall",
     kind="behaviour",
     text="With as many keys a query as a sliding window, dilated attention finds a statement anywhere in the sequence "
-    "at least three times as often above guessing.",
+    "at least three times as often above guessing, each at the best of three learning rates.",
     figure="perplexity falls as the context grows from 2k to 32k, below that of sparse Transformers of equal cost",
     gates=(
         Effect(
@@ -139,7 +139,7 @@ DISTANT_RECALL = Claim(
         },
         settings={
             "quick": Setting(seeds=2, control_seeds=1, patch={"trainer": {"steps": 40}}),
-            "evidence": Setting(seeds=5, control_seeds=3),
+            "evidence": Setting(seeds=5, control_seeds=3, tune=("optimizer.lr", (4e-3, 8e-3, 1.6e-2))),
         },
         metric="test_accuracy",
         shifted=("window_again",),
