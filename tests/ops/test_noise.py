@@ -34,6 +34,11 @@ def test_bits_are_the_published_ones() -> None:
     assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+def test_a_constant_key_is_the_key() -> None:
+    for key in KEYS:
+        assert torch.equal(noise.constant_key(key.value, torch.device("cpu")), key.tensor())
+
+
 def test_integer_and_tensor_counters_agree() -> None:
     key = Key(3).tensor()
     for counter in (0, 1, 2**61, 2**62 - 1):

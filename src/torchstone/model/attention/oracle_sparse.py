@@ -123,7 +123,7 @@ class OracleSparse(SoftmaxAttention):
             # kernels differ in the last bits: on a coarser grid, what ties here ties there, and the earliest block wins
             score_BGTN = best_BGTN.to(torch.bfloat16)
         else:
-            key = torch.tensor(self.draws, device=n.device)
+            key = noise.constant_key(self.draws, n.device)
             of_group_G11 = noise.mix(key, torch.arange(G, device=n.device))[:, None, None]
             score_BGTN = noise.uniform(noise.mix(of_group_G11, where_BT).transpose(0, 1), N)
         score_BGTN = torch.where(eligible_BGTN, score_BGTN, -1.0)

@@ -31,8 +31,23 @@ def _steps(counter: torch.Tensor) -> torch.Tensor:
     return count * (_GOLDEN & 0xFFFFFFFF) + ((count * (_GOLDEN >> 32 & 0xFFFFFFFF)) << 32)
 
 
+@torch.library.custom_op("torchstone::constant_key", mutates_args=())
+def constant_key(value: int, device: torch.device) -> torch.Tensor:
+    """A key that is the same in every forward, 0-dimensional: for `Key.value` inside what may be compiled.
+
+    Inductor writes a plain constant into the loops of its kernels, where g++ then knows every number that `mix` comes
+    to, finds the signed overflow that it is made of, and drops the end of the loop. What an operator gives is unknown.
+    """
+    return torch.tensor(value, dtype=torch.int64, device=device)
+
+
+@constant_key.register_fake
+def _(value: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
 def mix(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
-    """A new int64 key (broadcast shape) from a key and a counter."""
+    """A new int64 key (broadcast shape) from a key, which is no constant of a compiled function, and a counter."""
     if isinstance(counter, torch.Tensor):
         x = key + _steps(counter)
     else:
