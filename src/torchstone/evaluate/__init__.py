@@ -15,7 +15,7 @@ from torchstone.evaluate.minimal_pairs import Pair, minimal_pairs, read_pairs
 from torchstone.evaluate.multiple_choice import Question, multiple_choice, read_questions
 from torchstone.evaluate.progress import Progress
 from torchstone.evaluate.result import Result
-from torchstone.evaluate.routing import expert_choices, routing_fluctuation
+from torchstone.evaluate.routing import expert_choices, representation_collapse, routing_fluctuation
 from torchstone.evaluate.scoring import Scorer
 from torchstone.evaluate.text import perplexity, read_documents
 
@@ -42,6 +42,7 @@ __all__ = [
     "read_pairs",
     "read_questions",
     "report",
+    "representation_collapse",
     "routing_fluctuation",
     "score_curve",
     "wilson",
