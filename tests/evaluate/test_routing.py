@@ -9,7 +9,7 @@ import torch
 
 import torchstone
 from torchstone.errors import TorchstoneError
-from torchstone.evaluate import expert_choices, routing_fluctuation
+from torchstone.evaluate import expert_choices, representation_collapse, routing_fluctuation
 
 
 def model(**router: Any) -> Any:
@@ -59,3 +59,26 @@ def test_a_model_without_experts_is_refused() -> None:
     dense = torchstone.build({"width": 16, "depth": 1, "vocabulary": 30, "attention": {"heads": 2}})
     with pytest.raises(TorchstoneError, match="no layer of this model has a router"):
         expert_choices(dense, IDS)
+
+
+def test_collapse_is_the_trace_of_covariances_within_experts_over_between_them() -> None:
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double()
+    experts = torch.arange(60) % 7 % 3
+    x[:, 0] += experts
+    within, between = torch.zeros(5, 5).double(), torch.zeros(5, 5).double()
+    for e in range(3):
+        own = x[experts == e]
+        within += len(own) / 60 * torch.cov(own.T, correction=0)
+        step = own.mean(0) - x.mean(0)
+        between += len(own) / 60 * torch.outer(step, step)
+    torch.testing.assert_close(within + between, torch.cov(x.T, correction=0))
+    values, vectors = torch.linalg.eigh(between)
+    wanted = sum(float(v @ within @ v) / float(s) for s, v in zip(values[-2:], vectors.T[-2:], strict=True))
+    assert representation_collapse(x, experts) == pytest.approx(wanted)
+    # the same whatever the coordinates, and a ninth if the experts' means lie three times as far apart
+    turned = 3 * x @ torch.linalg.qr(x[:5])[0]
+    assert representation_collapse(turned, experts) == pytest.approx(wanted)
+    means = torch.stack([x[experts == e].mean(0) for e in range(3)])[experts]
+    assert representation_collapse(x + 2 * (means - x.mean(0)), experts) == pytest.approx(wanted / 9)
+    with pytest.raises(TorchstoneError, match="all tokens have one expert"):
+        representation_collapse(x, torch.ones(60))

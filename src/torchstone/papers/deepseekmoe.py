@@ -185,7 +185,7 @@ def _looped(part: Any, x_BTD: torch.Tensor) -> torch.Tensor:
 
 def _against_loop(seed: int, **fields: Any) -> tuple[float, float, int]:
     """Largest differences of outputs and of gradients, and experts without a token."""
-    part, x = _layer(seed, **fields), _x(seed)
+    part, x = _layer(seed, **fields), _x(seed, 12)
     counts_E = part.router(x, Context.alone(x)).counts.sum(0)
     results = []
     for forward in (lambda x: part(x)[0], lambda x: _looped(part, x)):
@@ -251,7 +251,7 @@ def _identities(scale: Scale, first: int) -> Measured:
         for fields in (
             {"experts": 4, "active": 2},  # no segmentation, none shared
             {"experts": 16, "active": 7, "shared": 1, "hidden": 6},
-            {"experts": 64, "active": 1, "shared": 2, "hidden": 4},
+            {"experts": 32, "active": 1, "shared": 2, "hidden": 4},
         ):
             y, g, idle = _against_loop(seed, **fields)
             outputs, gradients, empty = max(outputs, y), max(gradients, g), max(empty, idle)
