@@ -50,7 +50,7 @@ def _router_weights(model: torch.nn.Module) -> int:
 def _trained_on(model: Transformer, tokens: int, routers: bool = True) -> float:
     """Operations of a forward and a backward over `tokens` tokens of which each sees all, in 10^12."""
     weights = measure(model).active_parameters - (0 if routers else _router_weights(model))
-    mixing = sum(module.flops(tokens) for module in model.modules() if hasattr(module, "flops"))
+    mixing = sum(module.flops(tokens) for module in model.modules() if hasattr(module, "flops"))  # type: ignore[operator]
     return 3 * (2 * weights + mixing) * tokens / 1e12
 
 
@@ -233,12 +233,11 @@ def _balance(seed: int) -> dict[str, float]:
 def _unchosen(seed: int) -> float:
     """Largest gradient that an output gives the affinity of an expert that was not chosen."""
     part, x = _layer(seed, experts=8, active=2), _x(seed, 1)[:1]
-    scores: list[torch.Tensor] = []
-    score = part.router.score
-    part.router.score = lambda x, ctx: scores.append(score(x, ctx).detach().requires_grad_()) or scores[0]
+    scores_BTE = part.router.score(x, Context.alone(x)).detach().requires_grad_()
+    part.router.score = lambda x, ctx: scores_BTE
     y, _ = part(x)
-    (grad_BTE,) = torch.autograd.grad(y.square().sum(), scores)
-    chosen = scores[0].topk(2, -1).indices
+    (grad_BTE,) = torch.autograd.grad(y.square().sum(), scores_BTE)
+    chosen = scores_BTE.topk(2, -1).indices
     return float(grad_BTE.scatter(-1, chosen, 0.0).abs().max())
 
 

@@ -220,7 +220,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(steps=60, seeds=1, control_seeds=1, rates=(4e-3,)),
-    "evidence": _Size(steps=500, seeds=5, control_seeds=3, rates=(2e-3, 4e-3, 8e-3), balances=(0.01, 0.1)),
+    "evidence": _Size(steps=400, seeds=5, control_seeds=3, rates=(2e-3, 4e-3, 8e-3), balances=(0.01, 0.1)),
 }
 _TUNING_SEED = 500_000
 _SHIFT = 100_000
@@ -251,7 +251,8 @@ def _measured(
         "layers": [{"at": [1], "ffn": moe}],
     }
     data = {"corpus": "packages", "tokenizer": {"kind": "bpe", "vocabulary": 1024}, "block": 64}
-    trainer = _trainer(model, data, seed, lr=rate, steps=size.steps, batch=8)
+    trainer = _trainer(model, data, seed, lr=rate, steps=size.steps, batch=16)
+    assert trainer.source.valid is not None
     ids_BT = next(trainer.source.valid.evaluation(32, 32))["ids"]
     half = {}
     for step in range(1, size.steps + 1):
@@ -261,7 +262,7 @@ def _measured(
     end = expert_choices(trainer.model, ids_BT)
     (changed,), (experts,) = routing_fluctuation(half, end).values(), end.values()
     load = torch.bincount(experts.flatten(), minlength=8).double()
-    loss = trainer.measure_split(getattr(trainer.source, split), split, 256)[f"{split}_loss"]
+    loss = trainer.measure_split(getattr(trainer.source, split), split, 512)[f"{split}_loss"]
     return loss, changed, float(load.max() / load.mean())
 
 
