@@ -273,7 +273,8 @@ def _stable(scale: Scale, first: int) -> Measured:
     changed: dict[str, list[float]] = {}
     chosen: dict[str, tuple[float, dict[str, Any]]] = {}
     for arm, router in _routers(size).items():
-        like = {"adrift": "stable", "hash with gates": "hash"}.get(arm)
+        # what is not compared takes the learning rate of its like
+        like = {"adrift": "stable", "hash": "stable", "hash with gates": "stable"}.get(arm)
         grid = [(rate, router) for rate in (size.rates if like is None else [chosen[like][0]])]
         if arm == "switch":
             grid = [(rate, {**router, "balance": b}) for rate, b in itertools.product(size.rates, size.balances)]
@@ -313,7 +314,7 @@ STABLE = Claim(
     kind="behaviour",
     text="In a model of 1,024 tokens with 8 experts of which one is taken, Switch changes the expert of a tenth or "
     "more of the held-out tokens in the second half of training and StableMoE, frozen after a tenth of it, of none; "
-    "and StableMoE's loss is lower. Each at its best of three learning rates, Switch also of two weights of its "
+    "and StableMoE's loss is lower. Both at their best of three learning rates, Switch also of two weights of its "
     "balance loss. Hash layers, with the same gates and without, and the load of the fullest expert are measured "
     "beside it and no part of the claim.",
     figure="lower perplexity than Switch, BASE and Hash layers, with no fluctuation after the first stage",
