@@ -354,8 +354,9 @@ STEADIER = Claim(
     kind="behaviour",
     text="In a byte model with 16 experts of which one is taken, routing by cosine changes the expert of at least 5 % "
     "fewer held-out tokens between checkpoints 25 steps apart, over the second half of training, than routing by dot "
-    "product, and costs no more than 0.01 nats a byte, half a percent of some 2; each at its best of three learning "
-    "rates and two weights of the balance loss. Fluctuation is in natural logarithms of the share.",
+    "product; each at its best of three learning rates and two weights of the balance loss. In natural logarithms of "
+    "the share. Losses are measured beside it and no part of the claim: in a model of this size they hardly depend on "
+    "who is routed where, and a router that draws experts by chance has the same.",
     figure="steadier routing within a run and between runs, and better results on seven multilingual benchmarks than a "
     "mixture of experts that routes by dot product",
     gates=(
@@ -367,7 +368,6 @@ STEADIER = Claim(
             null="dot again: fluctuation",
             sabotage="sampled: fluctuation",
         ),
-        Effect("not worse by 0.01", "cosine: loss", "dot: loss", margin=-0.01, sabotage="sampled: loss"),
     ),
     run=_steadier,
 )
