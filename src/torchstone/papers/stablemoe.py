@@ -16,7 +16,7 @@ from torchstone.model.feedforward.router import Router
 from torchstone.model.feedforward.router.stable import StableRouter, StableSpec
 from torchstone.model.site import Site, initialise
 from torchstone.model.tokens import Tokens
-from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale, one_thread
 from torchstone.recipe import load_recipe
 from torchstone.train.engine import Trainer
 from torchstone.train.training import make_trainer
@@ -26,13 +26,15 @@ __all__ = ["PAPER"]
 BUILDS = ("torchstone.model.feedforward.router.stable", "torchstone.model.feedforward.router")
 
 
-def _trainer(model: Mapping[str, Any], data: Mapping[str, Any], seed: int, **trainer: Any) -> Trainer:
+def _trainer(
+    model: Mapping[str, Any], data: Mapping[str, Any], seed: int, rate: float, steps: int, batch: int
+) -> Trainer:
     recipe = {
         "model": model,
         "data": data,
-        "optimizer": {"kind": "adamw", "lr": trainer.pop("lr"), "weight_decay": 0.1},
+        "optimizer": {"kind": "adamw", "lr": rate, "weight_decay": 0.1},
         "schedule": {"kind": "cosine", "warmup": 20},
-        "trainer": {"seed": seed, "threads": 1, "precision": "fp32", "compile": "off", **trainer},
+        "trainer": {**one_thread(steps, batch)["trainer"], "seed": seed},
     }
     return make_trainer(load_recipe(recipe))[0]
 
@@ -117,7 +119,7 @@ _TINY: dict[str, Any] = {"width": 16, "depth": 2, "attention": {"heads": 2}}
 def _frozen(seed: int) -> dict[str, float]:
     """A training of 100 steps after the first stage, with weight decay."""
     moe = {"kind": "moe", "experts": _N, "active": 1, "hidden": 16, "router": {"kind": "stable", "distill_steps": 20}}
-    trainer = _trainer({**_TINY, "ffn": moe}, {"kind": "recall"}, seed, lr=1e-2, steps=121, batch=8)
+    trainer = _trainer({**_TINY, "ffn": moe}, {"kind": "recall"}, seed, 1e-2, 121, 8)
     model: Any = trainer.model
     for _ in range(21):
         trainer.train_step()
@@ -251,7 +253,7 @@ def _measured(
         "layers": [{"at": [1], "ffn": moe}],
     }
     data = {"corpus": "packages", "tokenizer": {"kind": "bpe", "vocabulary": 1024}, "block": 64}
-    trainer = _trainer(model, data, seed, lr=rate, steps=size.steps, batch=16)
+    trainer = _trainer(model, data, seed, rate, size.steps, 16)
     assert trainer.source.valid is not None
     ids_BT = next(trainer.source.valid.evaluation(32, 32))["ids"]
     half = {}

@@ -17,7 +17,7 @@ from torchstone.model.feedforward.router import Router
 from torchstone.model.feedforward.router.cosine import CosineRouter, CosineSpec
 from torchstone.model.site import Site, initialise
 from torchstone.model.transformer import TransformerSpec
-from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale, one_thread
 from torchstone.recipe import load_recipe
 from torchstone.spec import resolve, validate
 from torchstone.train.engine import Trainer
@@ -273,15 +273,7 @@ def _recipe(size: _Size, arm: str, seed: int, rate: float, balance: float) -> di
         "data": {"corpus": "packages", "tokenizer": "bytes", "block": 64},
         "optimizer": {"kind": "adamw", "lr": rate},
         "schedule": {"kind": "cosine", "warmup": 20},
-        "trainer": {
-            "seed": seed,
-            "steps": size.steps,
-            "batch": 16,
-            "threads": 1,
-            "precision": "fp32",
-            "compile": "off",
-            "save_every": size.steps,
-        },
+        "trainer": {**one_thread(size.steps, 16)["trainer"], "seed": seed},
     }
 
 
