@@ -36,6 +36,7 @@ class Run(RunFolder):
         self,
         prompts: str | Sequence[str],
         *,
+        suffix: str | Sequence[str] | None = None,
         device: str = "cpu",
         precision: str = "fp32",
         compile: str = "auto",
@@ -47,6 +48,7 @@ class Run(RunFolder):
 
         Args:
             prompts: one or several texts.
+            suffix: what follows each; then what stands between is written (fill in the middle).
             device, precision, compile: where and how the model runs.
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
             attention: what a token sees of those before it: "full", "window:128", "blocks:64".
@@ -54,15 +56,21 @@ class Run(RunFolder):
                 over what the run's generation_config.json sets.
 
         Raises:
-            TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet.
+            TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet, a suffix for a
+                run that has not learnt to fill in.
         """
         from torchstone.generate import Engine, Sampling
+        from torchstone.generate.infilling import infilling_prompts
 
         options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
         engine = Engine.of_run(
             self, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
         )
-        return engine.generate([prompts] if isinstance(prompts, str) else list(prompts), options)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if suffix is None:
+            return engine.generate(texts, options)
+        suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
+        return engine.generate(infilling_prompts(self, engine.tokenizer, texts, suffixes), options)
 
     def evaluate(
         self,
@@ -71,6 +79,7 @@ class Run(RunFolder):
         multiple_choice: Sources = (),
         classification: Sources = (),
         minimal_pairs: Sources = (),
+        infilling: Sources = (),
         tasks: str | Sequence[str] = (),
         **options: Any,
     ) -> list[Result]:
@@ -87,6 +96,7 @@ class Run(RunFolder):
             multiple_choice=multiple_choice,
             classification=classification,
             minimal_pairs=minimal_pairs,
+            infilling=infilling,
             tasks=tasks,
             **options,
         )

@@ -78,6 +78,10 @@ def generate(
             "--prompt", help="Text to continue; may be given several times. Without it, standard input or nothing."
         ),
     ] = None,
+    suffix: Annotated[
+        list[str] | None,
+        typer.Option("--suffix", help="What follows the prompt: write what stands between; one for each prompt."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; by default what the run's settings say.")
@@ -91,7 +95,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     attention: Attention = "full",
-    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Print prompt and suffix around what is written.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     compile: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
@@ -101,6 +105,7 @@ def generate(
     """Write text with a trained model: the text on stdout, all else on stderr."""
     from torchstone.api import load
     from torchstone.generate import Engine, Sampling
+    from torchstone.generate.infilling import infilling_prompts
     from torchstone.spec import validate
 
     prompts = list(prompt) if prompt else ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()]
@@ -121,22 +126,25 @@ def generate(
     engine = Engine.of_run(
         folder, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
     )
+    asked_of: Any = prompts if suffix is None else infilling_prompts(folder, engine.tokenizer, prompts, suffix)
+    after = [""] * len(prompts) if suffix is None else suffix
     if as_json:
+        done = engine.generate(asked_of, options)
         _print_json(
             [
-                {"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish}
-                for text, done in zip(prompts, engine.generate(prompts, options), strict=True)
+                {"prompt": text, **({"suffix": end} if suffix else {}), "text": d.text, "ids": d.ids, "finish": d.finish}
+                for text, end, d in zip(prompts, after, done, strict=True)
             ]
         )
     elif len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)
-        for event in engine.stream(prompts, options):
+        for event in engine.stream(asked_of, options):
             print(event.text, end="", flush=True)
-        print()
+        print(after[0] if echo else "")
     else:
-        for text, done in zip(prompts, engine.generate(prompts, options), strict=True):
-            print((text if echo else "") + done.text)
+        for text, end, each in zip(prompts, after, engine.generate(asked_of, options), strict=True):
+            print(text + each.text + end if echo else each.text)
 
 
 @app.command()
@@ -314,6 +322,13 @@ def evaluate(
         list[str] | None,
         typer.Option("--minimal-pairs", help="Accuracy on a JSONL file of sentence_good and sentence_bad."),
     ] = None,
+    infilling: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--infilling",
+            help="Exact matches in a JSONL file of prefix, middle and suffix, or of a line of each text left out.",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas between (extra eval).")
     ] = "",
@@ -352,6 +367,7 @@ def evaluate(
         multiple_choice=multiple_choice or (),
         classification=classification or (),
         minimal_pairs=minimal_pairs or (),
+        infilling=infilling or (),
         tasks=[name.strip() for name in tasks.split(",") if name.strip()],
         include_path=include_path,
         window=window,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchstone.data.store import Cache
     from torchstone.data.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Encoding", "Prepared", "prepare"]
 
 _FORMAT = 1
 """Goes up whenever the same tokens would be written otherwise."""
@@ -64,7 +64,24 @@ class Prepared:
         return (document for _, side, document in self._split.pieces(self._corpus) if side == split)
 
 
-def prepare(spec: TextDataSpec, progress: Callable[[str], None] | None = None) -> Prepared:
+class Encoding:
+    """What texts become in the streams of tokens: each a document of its ids. Kinds of data may have others."""
+
+    settings: tuple[str, ...] = ()
+    """What else than texts and tokenizer decides the ids; part of the key that they are cached by."""
+
+    def tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer with what this needs besides."""
+        return tokenizer
+
+    def documents(self, tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> Iterator[list[list[int]]]:
+        """For each (split, text) the documents that it becomes, without separators."""
+        return ([ids] for ids in tokenizer.encode_batch([text for _, text in texts]))
+
+
+def prepare(
+    spec: TextDataSpec, progress: Callable[[str], None] | None = None, encoding: Encoding | None = None
+) -> Prepared:
     """Splits and tokenises a corpus, or finds that in the cache.
 
     Several processes may do so at once. When it raises, nothing has changed on disk.
@@ -72,12 +89,13 @@ def prepare(spec: TextDataSpec, progress: Callable[[str], None] | None = None) -
     Args:
         spec: what to prepare.
         progress: is given lines of text while work goes on.
+        encoding: what texts become; by default their ids.
 
     Raises:
         TorchstoneError: the corpus cannot be read, is empty, or its train split is shorter than one block; the
             tokenizer cannot be read; the cache cannot be written.
     """
-    say = progress or (lambda _: None)
+    say, encoding = progress or (lambda _: None), encoding or Encoding()
     from torchstone.data.hashing import digest
     from torchstone.data.split import FORMAT, SPLITS, Split, make
     from torchstone.data.store import Cache
@@ -92,11 +110,12 @@ def prepare(spec: TextDataSpec, progress: Callable[[str], None] | None = None) -
             make(corpus, folder, lambda size: _grow(cache, size))
         split = Split.load(folder)
         tokenizer = spec.tokenizer.load(lambda: _sample(corpus, split, say), split.train_hash, cache)
-        tokens_key = digest(_FORMAT, key, tokenizer.hash)
+        tokenizer = encoding.tokenizer(tokenizer)
+        tokens_key = digest(_FORMAT, key, tokenizer.hash, *encoding.settings)
         folder = cache.find("tokens", tokens_key)
         if folder is None:
             folder = cache.stage("tokens", tokens_key)
-            _tokenise(corpus, split, tokenizer, folder, cache, say)
+            _tokenise(corpus, split, tokenizer, encoding, folder, cache, say)
         meta = json.loads((folder / "tokens.json").read_text())
         found = meta["splits"]["train"]["tokens"]
         if found < spec.block:
@@ -126,7 +145,13 @@ def _sample(corpus: CorpusSpec, split: Split, say: Callable[[str], None]) -> Ite
 
 
 def _tokenise(
-    corpus: CorpusSpec, split: Split, tokenizer: Tokenizer, folder: Path, cache: Cache, say: Callable[[str], None]
+    corpus: CorpusSpec,
+    split: Split,
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    folder: Path,
+    cache: Cache,
+    say: Callable[[str], None],
 ) -> None:
     """Writes ``<split>.tokens``, ``<split>.starts`` (int64, first token of each document) and ``tokens.json``."""
     import contextlib
@@ -146,13 +171,14 @@ def _tokenise(
         }
 
         def write(batch: list[tuple[str, str]]) -> None:
-            for (side, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            for (side, text), documents in zip(batch, encoding.documents(tokenizer, batch), strict=True):
                 counts = meta[side]
-                files[side, "starts"].write(np.array([counts["tokens"]], "<i8").tobytes())
-                files[side, "tokens"].write(np.array([tokenizer.separator, *ids], dtype).tobytes())
-                counts["tokens"] += 1 + len(ids)
                 counts["bytes"] += len(text.encode())
-                counts["documents"] += 1
+                for ids in documents:
+                    files[side, "starts"].write(np.array([counts["tokens"]], "<i8").tobytes())
+                    files[side, "tokens"].write(np.array([tokenizer.separator, *ids], dtype).tobytes())
+                    counts["tokens"] += 1 + len(ids)
+                    counts["documents"] += 1
 
         batch: list[tuple[str, str]] = []
         pending = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torchstone.evaluate.attention_resolution import attention_resolution, score_curve
 from torchstone.evaluate.classification import Example, classification, read_examples
 from torchstone.evaluate.evaluation import Sources, evaluate, report
+from torchstone.evaluate.infilling import Hole, infilling, read_holes
 from torchstone.evaluate.intervals import Estimate, ratio, wilson
 from torchstone.evaluate.lengths import bits_by_length
 from torchstone.evaluate.minimal_pairs import Pair, minimal_pairs, read_pairs
@@ -22,6 +23,7 @@ from torchstone.evaluate.text import perplexity, read_documents
 __all__ = [
     "Estimate",
     "Example",
+    "Hole",
     "Pair",
     "Progress",
     "Question",
@@ -33,12 +35,14 @@ __all__ = [
     "classification",
     "evaluate",
     "expert_choices",
+    "infilling",
     "minimal_pairs",
     "multiple_choice",
     "perplexity",
     "ratio",
     "read_documents",
     "read_examples",
+    "read_holes",
     "read_pairs",
     "read_questions",
     "report",

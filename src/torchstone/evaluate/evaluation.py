@@ -9,6 +9,7 @@ from typing import Any
 
 from torchstone.errors import TorchstoneError
 from torchstone.evaluate.classification import classification, label_names, read_examples
+from torchstone.evaluate.infilling import infilling, read_holes
 from torchstone.evaluate.intervals import CONFIDENCE
 from torchstone.evaluate.lengths import bits_by_length
 from torchstone.evaluate.minimal_pairs import minimal_pairs, read_pairs
@@ -18,6 +19,7 @@ from torchstone.evaluate.result import Result
 from torchstone.evaluate.scoring import Scorer
 from torchstone.evaluate.text import perplexity, read_documents
 from torchstone.files import write_json
+from torchstone.generate.infilling import mode_of
 from torchstone.model.mask import mask_named
 from torchstone.train.run import RunFolder
 
@@ -34,6 +36,7 @@ def evaluate(
     multiple_choice: Sources = (),
     classification: Sources = (),
     minimal_pairs: Sources = (),
+    infilling: Sources = (),
     tasks: str | Sequence[str] = (),
     include_path: str | Path | None = None,
     window: int | None = None,
@@ -54,6 +57,7 @@ def evaluate(
         run: its newest weights are evaluated.
         text: files, folders, globs, ``.jsonl`` files or ``-`` (standard input): perplexity and bits per byte of each.
         multiple_choice, classification, minimal_pairs: JSON-lines files: accuracy on each.
+        infilling: ``.jsonl`` files, or texts of which a line each is left out: how well it is written again.
         tasks: tasks of lm-evaluation-harness (extra `eval`).
         include_path: a folder with task files for it.
         window, stride: of texts; see `Scorer.windows`.
@@ -77,11 +81,12 @@ def evaluate(
         *((_multiple_choice, source) for source in _several(multiple_choice)),
         *((_classification, source) for source in _several(classification)),
         *((_minimal_pairs, source) for source in _several(minimal_pairs)),
+        *((_infilling, source) for source in _several(infilling)),
     ]
     names = _several(tasks)
     if not sources and not names:
         raise TorchstoneError(
-            "evaluate: nothing to do; give text, multiple-choice, classification, minimal-pairs or tasks"
+            "evaluate: nothing to do; give text, multiple-choice, classification, minimal-pairs, infilling or tasks"
         )
     if limit is not None and limit < 1:
         raise TorchstoneError(f"evaluate: limit is {limit}, 1 or more is needed")
@@ -148,3 +153,8 @@ def _classification(source: str, run: RunFolder, options: dict[str, Any]) -> Tas
 def _minimal_pairs(source: str, run: RunFolder, options: dict[str, Any]) -> Task:
     pairs = read_pairs(source, options["limit"])
     return lambda scorer: minimal_pairs(scorer, pairs, source)
+
+
+def _infilling(source: str, run: RunFolder, options: dict[str, Any]) -> Task:
+    holes, mode = read_holes(source, options["limit"]), mode_of(run)
+    return lambda scorer: infilling(scorer, holes, source, mode)

@@ -17,7 +17,7 @@ class Result:
     """The figures of one task on one source.
 
     Attributes:
-        task: what was asked: text, multiple_choice, classification, minimal_pairs, or a task of the harness.
+        task: what was asked: text, multiple_choice, classification, minimal_pairs, infilling, or a task of the harness.
         source: where the items came from.
         metrics: estimates by name.
         facts: how many items there were, and how they were scored.
