@@ -78,7 +78,9 @@ def test_parts_put_together_are_the_documents(made: Callable[..., Prepared], mod
             prefix, suffix, middle = "".join(
                 f"|{token}|" if token in sentinels else f" {token} " for token in ids
             ).split("|")[2::2]
-            parts = [prepared.tokenizer.decode([int(word) for word in part.split()]) for part in (prefix, middle, suffix)]
+            parts = [
+                prepared.tokenizer.decode([int(word) for word in part.split()]) for part in (prefix, middle, suffix)
+            ]
             assert "".join(parts) == text
     assert abs(rearranged - len(texts) / 2) < 3 * math.sqrt(len(texts) / 4)
 
@@ -116,7 +118,9 @@ def test_every_token_is_a_target(made: Callable[..., Prepared]) -> None:
 def test_cuts_are_uniform_and_a_function_of_the_text() -> None:
     texts = [f"{number:05}ö€" for number in range(4000)]
     parts = [cut(text, 1.0) for text in texts]
-    assert parts == [cut(text, 1.0) for text in texts] and all("".join(p) == t for p, t in zip(parts, texts, strict=True))
+    assert parts == [cut(text, 1.0) for text in texts] and all(
+        "".join(p) == t for p, t in zip(parts, texts, strict=True)
+    )
     low = np.bincount([len(prefix) for prefix, _, _ in parts], minlength=8) / 4000
     wanted = np.array([sum(min(a, b) == at for a in range(8) for b in range(8)) / 64 for at in range(8)])
     assert np.abs(low - wanted).max() < 0.03
@@ -154,7 +158,7 @@ def named(*names: str, special: bool = True) -> Tokenizer:
 @pytest.mark.parametrize(
     "names",
     [
-        ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001 - as published
+        ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
         ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ],
 )

@@ -55,7 +55,13 @@ def test_python_imports_find_their_files(line: str, needs: set[str]) -> None:
 
 def test_a_package_may_be_the_repository_and_scripts_lie_beside_each_other() -> None:
     files = {"__init__.py": "", "a.py": "from .b import x", "sub/__init__.py": "", "sub/c.py": "from ..b import y"}
-    files |= {"b.py": "", "d.py": "from mine.b import x", "tools/one.py": "import two", "tools/two.py": "", "two.py": ""}
+    files |= {
+        "b.py": "",
+        "d.py": "from mine.b import x",
+        "tools/one.py": "import two",
+        "tools/two.py": "",
+        "two.py": "",
+    }
     needs = dependencies(files, "mine")
     assert needs["a.py"] == needs["sub/c.py"] == needs["d.py"] == {"b.py"}
     assert needs["tools/one.py"] == {"tools/two.py"}
@@ -113,9 +119,7 @@ def test_the_order_is_the_papers_with_and_without_cycles(share: float) -> None:
     for number in range(60):
         files = [f"{name}.py" for name in rng.sample(range(100, 999), 15)]
         needs = {
-            file: {
-                other for other in (files if number % 2 else files[:at]) if other != file and rng.random() < share
-            }
+            file: {other for other in (files if number % 2 else files[:at]) if other != file and rng.random() < share}
             for at, file in enumerate(files)
         }
         order = ordered(needs)
@@ -220,7 +224,10 @@ def test_near_duplicates_go_as_whole_repositories(tmp_path: Path, words: Callabl
 
 def test_the_fingerprint_sees_texts_names_and_settings(tmp_path: Path) -> None:
     root = write(tmp_path / "r", {"a.py": "x = 1\n"})
-    prints = [RepositoriesSpec(path=str(root)).fingerprint(), RepositoriesSpec(path=str(root), rules=False).fingerprint()]
+    prints = [
+        RepositoriesSpec(path=str(root)).fingerprint(),
+        RepositoriesSpec(path=str(root), rules=False).fingerprint(),
+    ]
     (root / "a.py").write_text("y = 1\n")
     prints.append(RepositoriesSpec(path=str(root)).fingerprint())
     (root / "a.py").rename(root / "b.py")
@@ -232,7 +239,11 @@ def test_the_fingerprint_sees_texts_names_and_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("no", "no such folder"), ("no*", "empty corpus: no folder matches"), ("file.py", "is a file, and a repository is")],
+    [
+        ("no", "no such folder"),
+        ("no*", "empty corpus: no folder matches"),
+        ("file.py", "is a file, and a repository is"),
+    ],
 )
 def test_what_is_no_repository_is_refused(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "file.py").write_text("x")

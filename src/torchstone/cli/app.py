@@ -132,7 +132,13 @@ def generate(
         done = engine.generate(asked_of, options)
         _print_json(
             [
-                {"prompt": text, **({"suffix": end} if suffix else {}), "text": d.text, "ids": d.ids, "finish": d.finish}
+                {
+                    "prompt": text,
+                    **({"suffix": end} if suffix else {}),
+                    "text": d.text,
+                    "ids": d.ids,
+                    "finish": d.finish,
+                }
                 for text, end, d in zip(prompts, after, done, strict=True)
             ]
         )

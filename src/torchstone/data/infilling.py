@@ -29,7 +29,7 @@ Mode = Literal["psm", "spm"]
 
 _SENTINELS = (
     ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),  # what is added where there are none
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001 - DeepSeek
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
@@ -47,8 +47,8 @@ class Sentinels(NamedTuple):
 def sentinels_of(tokenizer: Tokenizer) -> Sentinels | None:
     """The sentinels of a vocabulary, None where it has none."""
     for names in _SENTINELS:
-        ids = [tokenizer.backend.token_to_id(name) for name in names]
-        if None not in ids:
+        ids = [found for name in names if (found := tokenizer.backend.token_to_id(name)) is not None]
+        if len(ids) == len(names):
             return Sentinels(*ids)
     return None
 

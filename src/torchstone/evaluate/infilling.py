@@ -36,8 +36,8 @@ class Hole:
 
 
 def read_holes(source: str, limit: int | None = None) -> list[Hole]:
-    """The records ``{"prefix", "middle", "suffix"}`` of a ``.jsonl`` file; of texts (as `read_documents` finds them) one
-    line each, drawn by the text among those that hold a letter.
+    """The records ``{"prefix", "middle", "suffix"}`` of a ``.jsonl`` file; of each text elsewhere, as `read_documents`
+    finds them, a line with a letter, drawn by the text.
 
     Raises:
         TorchstoneError: the source cannot be read, a record is none, no text has such a line.

@@ -83,7 +83,7 @@ def _python(files: Files, root: str) -> Iterator[tuple[str, list[str]]]:
         # a module's name begins below the first folder that is no package; others may begin at the repository's root
         top = next((len(above.parts) for above in path.parents if above not in packages), None)
         for start in {0, top or 0}:
-            modules.add(".".join(((*whole, *parts) if start == 0 else parts[start:])), str(path))
+            modules.add(".".join((*whole, *parts) if start == 0 else parts[start:]), str(path))
     for path in paths:
         found: list[str] = []
         here, folder = str(path), (*whole, *path.parts[:-1])

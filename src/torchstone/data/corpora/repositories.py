@@ -24,24 +24,22 @@ __all__ = ["RepositoriesSpec"]
 _FORMAT = "1"
 """Goes up whenever the same files would make other documents."""
 _SKIP = frozenset({"__pycache__", "node_modules", "site-packages"})
-_HASH, _SLASHES, _DASHES = "#", "//", "--"
 _COMMENTS = {
-    **dict.fromkeys((".py .pyi .rb .sh .bash .pl .pm .r .jl .ex .exs .yaml .yml .toml .cmake .tcl .nim .ps1").split(), _HASH),
-    **dict.fromkeys(
-        (
-            ".c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .cs .java .js .jsx .mjs .ts .tsx .go .rs .swift .kt .kts .scala "
-            ".php .dart .m .mm .groovy .zig .v .sv .proto .fs .fsx .sol .glsl .d .json .vue"
-        ).split(),
-        _SLASHES,
-    ),
-    **dict.fromkeys((".lua .sql .hs .elm .ada .adb .ads .vhd .vhdl").split(), _DASHES),
-    **dict.fromkeys((".lisp .el .clj .cljs .scm .rkt .asm .s").split(), ";"),
-    **dict.fromkeys((".tex .erl .hrl .prolog").split(), "%"),
-    **dict.fromkeys((".f90 .f95 .f03").split(), "!"),
-    **dict.fromkeys((".html .htm .xml .xsl .xslt .md").split(), "<!--"),
-    **dict.fromkeys((".css .scss .less").split(), "/*"),
-    **dict.fromkeys((".ml .mli").split(), "(*"),
-}  # fmt: skip
+    f".{suffix}": begin
+    for begin, suffixes in (
+        ("#", "py pyi rb sh bash pl pm r jl ex exs yaml yml toml cmake tcl nim ps1"),
+        ("//", "c h cc cpp cxx hh hpp hxx cu cuh cs java js jsx mjs ts tsx go rs swift kt kts scala php dart m mm"),
+        ("//", "groovy zig v sv proto fs fsx sol glsl d json vue"),
+        ("--", "lua sql hs elm ada adb ads vhd vhdl"),
+        (";", "lisp el clj cljs scm rkt asm s"),
+        ("%", "tex erl hrl prolog"),
+        ("!", "f90 f95 f03"),
+        ("<!--", "html htm xml xsl xslt md"),
+        ("/*", "css scss less"),
+        ("(*", "ml mli"),
+    )
+    for suffix in suffixes.split()
+}
 """Suffix of a file of code -> what begins a comment in it."""
 _ENDS = {"<!--": "-->", "/*": "*/", "(*": "*)"}
 
