@@ -182,7 +182,7 @@ def test_evaluate_measures_infilling(runs: dict[str, Run], tmp_path: Path, cli: 
 def test_what_was_trained_on_is_filled_in_and_ends(tmp_path: Path, mode: str) -> None:
     """Few texts, many times: asked as in training, a model writes the middle that it knows, and its end."""
     rng = random.Random(0)
-    made = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(60)]
+    made = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(24)]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in made))
     recipe = tiny.recipe(
@@ -194,10 +194,10 @@ def test_what_was_trained_on_is_filled_in_and_ends(tmp_path: Path, mode: str) ->
             "block": 64,
             "corpus": {"kind": "jsonl", "path": str(texts)},
         },
-        model={"width": 48, "depth": 2},
+        model={"width": 64, "depth": 2},
         optimizer={"kind": "adamw", "lr": 1e-2},
-        trainer={"steps": 300, "batch": 8, "save_every": 300},
-        evaluate={"every": 300},
+        trainer={"steps": 400, "batch": 4, "save_every": 400},
+        evaluate={"every": 400},
     )
     run = load(train(recipe, out=tmp_path / "run", quiet=True).path)
     holes = []
@@ -205,4 +205,4 @@ def test_what_was_trained_on_is_filled_in_and_ends(tmp_path: Path, mode: str) ->
         prefix, middle, suffix = cut(document.text, 1.0)
         holes.append(Hole(prefix, middle, suffix))
     result = infilling(Scorer.of_run(run), holes, mode=mode)  # type: ignore[arg-type]
-    assert len(holes) > 40 and result["exact"].value > 0.8, result
+    assert len(holes) > 15 and result["exact"].value > 0.8, result
