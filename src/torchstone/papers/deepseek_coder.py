@@ -63,7 +63,7 @@ def _exact(scale: Scale, first: int) -> Measured:
         rearranged += 1
         lost += ids[0] + ids[1] + ids[2] != tokenizer.encode(text)
         for mode in ("psm", "spm"):
-            whole = arranged(sentinels, mode, ids[0], ids[2], ids[1])  # type: ignore[arg-type]
+            whole = arranged(sentinels, mode, ids[0], ids[2], ids[1])
             wrong += [token for token in whole if token in tokenizer.specials] != list(sentinels)
     late = missing = 0
     for _ in range(count // 20):
