@@ -184,6 +184,7 @@ def test_the_vocabulary_is_known_before_any_text_is_read(tmp_path: Path) -> None
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_a_training_is_cut_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     data = {"kind": "infilling", "chunk": 40}
     recipe = tiny.recipe(tmp_path, data=data)
