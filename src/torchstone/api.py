@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.model import ModelSpec
 from torchstone.model.measure import energy, measure
+from torchstone.model.stack.multi_token import predictors_of
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Part, PartSpec, Spec, resolve, validate
 from torchstone.train.run import RunFolder, build_model, shape_of
@@ -42,6 +43,7 @@ class Run(RunFolder):
         compile: str = "auto",
         cache_bits: int | None = None,
         attention: str = "full",
+        draft: Literal["mtp"] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -52,6 +54,7 @@ class Run(RunFolder):
             device, precision, compile: where and how the model runs.
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
             attention: what a token sees of those before it: "full", "window:128", "blocks:64".
+            draft: "mtp" drafts tokens with the predictors of stack multi_token: the same text in fewer forwards.
             sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...), laid
                 over what the run's generation_config.json sets.
 
@@ -64,7 +67,13 @@ class Run(RunFolder):
 
         options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
         engine = Engine.of_run(
-            self, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
+            self,
+            device=device,
+            precision=precision,
+            compile=compile,
+            cache_bits=cache_bits,
+            attention=attention,
+            draft=draft,
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if suffix is None:
@@ -326,6 +335,9 @@ def inspect(
         recipe.adapt.prepare(model)
     context: Any = getattr(spec, "context", None) or getattr(recipe.data, "block", 1024)
     dtype = torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32
+    predictors = predictors_of(model)
+    if predictors is not None:  # no part of the main model: counted apart
+        del model.decoder.predictors  # type: ignore[union-attr]
     counts = measure(model, context, dtype)
     from torchstone.train.memory import training_memory
 
@@ -333,6 +345,7 @@ def inspect(
     return {
         "model": spec.kind,
         **asdict(counts),
+        "predictor_parameters": sum(p.numel() for p in predictors.parameters()) if predictors is not None else 0,
         "energy_per_token": asdict(energy(model, dtype)),
         "training_bytes": {**asdict(memory), "peak": memory.peak},
     }

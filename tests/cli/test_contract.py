@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,22 @@ def test_version_and_help_of_every_verb(cli: Cli) -> None:
     for verb in get_command(app).commands:  # type: ignore[attr-defined]
         said = cli(verb, "--help")
         assert said.status == 0 and "Usage: torchstone" in said.out and said.err == ""
+
+
+def test_generate_with_drafts_says_how_many_stood(cli: Cli, recipe: Cli, tmp_path: Path) -> None:
+    model = {**tiny.MODEL, "stack": {"kind": "multi_token"}}
+    path = recipe(model=model, objective={"kind": "multi_token"}, trainer={"steps": 2}, evaluate={"test": False})
+    assert cli("train", path, "--out", tmp_path / "run", "--quiet").status == 0
+    asked = ("generate", tmp_path / "run", "--prompt", "ab", "--max-new-tokens", "9", "--seed", "3")
+    plain, drafted = cli(*asked), cli(*asked, "--draft", "mtp")
+    assert drafted.out == plain.out and "draft" not in plain.err
+    said = re.search(r"draft mtp: (\d+) of (\d+) tokens accepted \(\d+\.\d%\)\n", drafted.err)
+    assert said
+    (done,) = json.loads(cli(*asked, "--draft", "mtp", "--json").out)
+    assert (done["accepted"], done["drafted"]) == (int(said[1]), int(said[2]))
+    assert "accepted" not in json.loads(cli(*asked, "--json").out)[0]
+    refused = cli(*asked, "--draft", "ngram")
+    assert refused.status == 1 and "draft: is mtp, not 'ngram'" in refused.err
 
 
 def test_train_takes_a_file_and_overrides_and_prints_the_run(cli: Cli, recipe: Cli, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torchstone.model import ModelSpec
 from torchstone.model.context import Memory
 from torchstone.model.linear import Linear
 from torchstone.model.site import initialise
+from torchstone.model.stack.multi_token import predict, predictors_of
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Output, Transformer
 from torchstone.spec import Part, Spec, validate
@@ -205,10 +206,20 @@ def loss_of(output: Output) -> torch.Tensor:
     return total
 
 
+def further(model: Transformer, x: torch.Tensor, output: Output, key: torch.Tensor | None = None) -> torch.Tensor:
+    """A number that depends on what a model has besides its forward: predictors of further tokens; 0 without any."""
+    total, hidden = torch.zeros(()), output.hidden
+    for k in range(1, len(predictors_of(model) or ()) + 1):
+        hidden, _ = predict(model, k, hidden[:, : T - k], Tokens.of(x[:, k:]), key=key)
+        total = total + loss_of(Output(hidden))
+    return total
+
+
 def gradients(case: Case) -> None:
     """Gradients reach every parameter, and every slice of a fused one."""
-    model = case.model()
-    loss_of(model(inputs(case), **with_memory(case))).backward()
+    model, x = case.model(), inputs(case)
+    output = model(x, **with_memory(case))
+    (loss_of(output) + (further(model, x, output) if case.of_tokens else 0)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
@@ -231,7 +242,8 @@ def bfloat16(case: Case) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             output = model(x, **memory)
         assert torch.isfinite(output.hidden).all() and torch.isfinite(output.logits).all(), f"autocast={cast}"
-        loss_of(output).backward()
+            loss = loss_of(output) + (further(model, x, output) if case.of_tokens else 0)
+        loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} gets no gradient, autocast={cast}"
             assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite, autocast={cast}"
@@ -299,6 +311,8 @@ def recomputation(case: Case) -> None:
             stack.recompute = recompute
         output = model(inputs(case), key=Key(5).tensor(), **with_memory(case))
         loss = loss_of(output)
+        if case.of_tokens:
+            loss = loss + further(model, inputs(case), output, Key(6).tensor())
         loss.backward()
         gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         seen.append(

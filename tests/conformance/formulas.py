@@ -223,6 +223,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("stack", "longmem"): lambda spec, layers, D, V: _side(spec, layers, D, V),
     ("stack", "lazy"): lambda spec, layers, D, V: 0,
     ("stack", "tim"): lambda spec, layers, D, V: 0,
+    ("stack", "multi_token"): lambda spec, layers, D, V: _multi_token(spec, layers, D, V),
 }
 
 
@@ -276,6 +277,14 @@ def _side(spec: Any, layers: Any, D: int, V: int) -> int:
     """A side network: every so many layers one like the last of them, and a gate for each head of one layer."""
     own = layers[spec.reduction - 1 :: spec.reduction]
     return sum(of_layer(layer, D, False, V) for layer in own) + own[spec.beside(len(layers))].attention.heads
+
+
+def _multi_token(spec: Any, layers: Any, D: int, V: int) -> int:
+    """What the main stack has, and in each module two norms, M_k and a layer like the last."""
+    layer = layers[-1]
+    joined = 2 * D * D + of(layer.linear)(layer.linear, [(2 * D, D, "up")])
+    one = 2 * of(layer.norm)(layer.norm, D) + joined + of_layer(layer, D, False, V)
+    return of(spec.main)(spec.main, layers, D, V) + spec.predictors * one
 
 
 def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool, V: int) -> int:

@@ -28,6 +28,7 @@ from torchstone.model.context import Context, Memory
 from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
+from torchstone.model.stack.multi_token import predict
 from torchstone.model.tokens import Tokens
 from torchstone.ops import noise
 from torchstone.spec import PartSpec, kinds, resolve, validate
@@ -895,6 +896,24 @@ def _() -> None:
                 h = layer(h, Context.alone(h))[0]
             x = side(x, Context.alone(x))[0] + h - before
         same(model(ids).hidden, rms(x, model.decoder.norm.weight), f"reduction={reduction}")
+
+
+@oracle("stack", "multi_token")
+def _() -> None:
+    model, ids = Case.of(stack="multi_token_two", attention="softmax_grouped", position="none").model(), drawn_ids(1, 7)
+    h = model(ids).hidden
+    for k, module in enumerate(model.decoder.predictors, 1):
+        ours, _ = predict(model, k, h[:, : 7 - k], Tokens.of(ids[:, k:]))
+        x = []
+        for i in range(7 - k):  # eq. 21, a position at a time
+            e = rms(model.embedding.weight[ids[0, i + k]], module.embedding_norm.weight)
+            x.append(module.project.weight @ torch.cat([e, rms(h[0, i], module.hidden_norm.weight)]))
+        x, layer = torch.stack(x)[None], module.block
+        read = array(rms(x, layer.attention_residual.norm.weight))[0]
+        x = x + torch.from_numpy(softmax_by_hand(layer.attention.spec, layer.attention, read, None, lambda t, s: s <= t))
+        x = x + layer.ffn(rms(x, layer.ffn_residual.norm.weight))[0]
+        h = rms(x, model.decoder.norm.weight)  # eq. 22, with the norm before the shared head
+        same(ours, h, f"module {k}")
 
 
 @oracle("stack", "lazy")

@@ -135,6 +135,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         },
         "apart": {"plain_first": 1, "plain_last": 0, "competition": "none", "communication": None},
     },
+    ("stack", "multi_token"): {"two": {"predictors": 2, "main": "lazy"}},
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
     ("stack", "yoco"): {
         "window": {"self_attention": {"kind": "softmax", "heads": 4, "window": 5}},

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from torchstone.generate import Completion
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,6 +103,9 @@ def generate(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     compile: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
     cache_bits: Annotated[int | None, typer.Option(help="Hold growing caches in 4 to 8 bits a number; lossy.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="mtp: the model's predictors draft tokens; the same text in fewer forwards.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write text with a trained model: the text on stdout, all else on stderr."""
@@ -124,33 +130,43 @@ def generate(
     asked = {name: value for name, value in given.items() if value is not None}
     options = validate(Sampling, {**settings, **asked}, "generate")
     engine = Engine.of_run(
-        folder, device=device, precision=precision, compile=compile, cache_bits=cache_bits, attention=attention
+        folder,
+        device=device,
+        precision=precision,
+        compile=compile,
+        cache_bits=cache_bits,
+        attention=attention,
+        draft=draft,  # type: ignore[arg-type]
     )
     asked_of: Any = prompts if suffix is None else infilling_prompts(folder, engine.tokenizer, prompts, suffix)
     after = [""] * len(prompts) if suffix is None else suffix
-    if as_json:
-        done = engine.generate(asked_of, options)
-        _print_json(
-            [
-                {
-                    "prompt": text,
-                    **({"suffix": end} if suffix else {}),
-                    "text": d.text,
-                    "ids": d.ids,
-                    "finish": d.finish,
-                }
-                for text, end, d in zip(prompts, after, done, strict=True)
-            ]
-        )
-    elif len(prompts) == 1:
+    if not as_json and len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)
         for event in engine.stream(asked_of, options):
             print(event.text, end="", flush=True)
         print(after[0] if echo else "")
     else:
-        for text, end, each in zip(prompts, after, engine.generate(asked_of, options), strict=True):
-            print(text + each.text + end if echo else each.text)
+        done = engine.generate(asked_of, options)
+        if as_json:
+            _print_json(
+                [
+                    _completion(text, end if suffix else None, each, draft is not None)
+                    for text, end, each in zip(prompts, after, done, strict=True)
+                ]
+            )
+        else:
+            for text, end, each in zip(prompts, after, done, strict=True):
+                print(text + each.text + end if echo else each.text)
+    if draft is not None:
+        share = f" ({engine.accepted / engine.drafted:.1%})" if engine.drafted else ""
+        print(f"draft {draft}: {engine.accepted:,} of {engine.drafted:,} tokens accepted{share}", file=sys.stderr)
+
+
+def _completion(prompt: str, suffix: str | None, done: Completion, drafted: bool) -> dict[str, Any]:
+    after = {} if suffix is None else {"suffix": suffix}
+    counts = {"drafted": done.drafted, "accepted": done.accepted} if drafted else {}
+    return {"prompt": prompt, **after, "text": done.text, "ids": done.ids, "finish": done.finish, **counts}
 
 
 @app.command()

@@ -5,6 +5,8 @@
         print(done.text)
 
 Rows of a batch have lengths of their own and end separately. Equal prompts are read once and their state is forked.
+With ``draft="mtp"`` the model's own predictors draft tokens that it then reads several at a time
+(`torchstone.generate.speculative`); the text is the same.
 
 Shapes: B rows, T prompt tokens, V vocabulary.
 """
@@ -25,10 +27,11 @@ from torchstone.errors import TorchstoneError
 from torchstone.generate.compiled import CompiledStep, CompileFailed
 from torchstone.generate.noise import NoiseSource, Request, SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
+from torchstone.generate.speculative import Drafter, check_drafts, logits_of, padded
 from torchstone.generate.text import Writer
 from torchstone.model.mask import CAUSAL, Mask, mask_named
 from torchstone.model.state import State
-from torchstone.model.tokens import Tokens
+from torchstone.model.tokens import Tokens, pick
 from torchstone.model.transformer import Transformer
 from torchstone.ops.compiler import compiler_works
 from torchstone.train.environment import choose_device
@@ -40,6 +43,9 @@ Finish = Literal["stop", "length", "eos"]
 """Why a text ended: a stop string came; the tokens allowed or the model's positions are used up; an end token came."""
 
 Compile = Literal["auto", "on", "off"]
+
+Draft = Literal["mtp"]
+"""Who drafts tokens: the predictors of `stack.multi_token`."""
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -62,6 +68,7 @@ class Completion:
         logprobs: of each of `ids` in the model's own distribution; None unless ``sampling.logprobs`` is set.
         adjusted_logprobs: of each of `ids` in the distribution that it was drawn from.
         top_logprobs: at each place the most probable tokens, as (token, log-probability), best first.
+        drafted, accepted: tokens that were drafted and read, and those of them that stood; None without a draft.
     """
 
     ids: list[int]
@@ -72,6 +79,8 @@ class Completion:
     logprobs: list[float] | None = None
     adjusted_logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,13 @@ class _Row:
     adjusted: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: Finish | None = None
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def step(self) -> int:
+        """New tokens so far."""
+        return len(self.history) - len(self.prompt)
 
     @property
     def fed(self) -> int:
@@ -125,7 +141,7 @@ class _Row:
             text = self.writer.add(token)
             if self.writer.stopped:
                 self.finish = "stop"
-            elif len(self.history) - len(self.prompt) >= self.budget:
+            elif self.step >= self.budget:
                 self.finish = "length"
         if self.finish is not None:
             text += self.writer.end()
@@ -134,7 +150,7 @@ class _Row:
         self.text.append(text)
         return text
 
-    def completion(self, recorded: bool) -> Completion:
+    def completion(self, recorded: bool, drafted: bool) -> Completion:
         assert self.finish is not None
         return Completion(
             self.history[len(self.prompt) :],
@@ -145,6 +161,8 @@ class _Row:
             self.logprobs if recorded else None,
             self.adjusted if recorded else None,
             self.top if recorded and self.top else None,
+            self.drafted if drafted else None,
+            self.accepted if drafted else None,
         )
 
 
@@ -166,6 +184,7 @@ class Engine:
         cache_bits: bits a number, on average, that growing caches are held in; lossy. None: as `dtype` has them.
         attention: which of the tokens before it a token sees. Where its reach is bounded, caches are rings of that many
             tokens, so that a text of any length takes the same memory.
+        draft: "mtp" drafts tokens with the model's predictors; the text is the same, in fewer forwards, none compiled.
 
     Raises:
         TorchstoneError: the model cannot generate.
@@ -184,6 +203,7 @@ class Engine:
         chunk: int = 512,
         cache_bits: int | None = None,
         attention: Mask = CAUSAL,
+        draft: Draft | None = None,
     ) -> None:
         if not isinstance(model, Transformer) or model.decoder is None:
             kind = getattr(model, "kind", type(model).__name__)
@@ -192,6 +212,9 @@ class Engine:
         if compile not in get_args(Compile):
             raise TorchstoneError(f"generate: compile is one of {', '.join(get_args(Compile))}, not {compile!r}")
         model.check_mask(attention, decoding=True)
+        if draft is not None:
+            self._check_draft(model, draft, compile, attention)
+        self.draft = draft
         self.source, self.tokenizer, self.compile, self.chunk = model, tokenizer, compile, max(1, chunk)
         self.cache_bits = cache_bits
         self.attention = attention
@@ -205,8 +228,10 @@ class Engine:
         self.vocabulary: int = model.spec.vocabulary or 0
         self.steps = 0
         """Decode steps taken so far."""
+        self.drafted = self.accepted = 0
+        """Tokens that were drafted and read so far, and those of them that stood."""
         self._compiled: CompiledStep | None = None
-        self._aside = compile == "off"
+        self._aside = compile == "off" or draft is not None
         self.refresh()
 
     @classmethod
@@ -219,6 +244,7 @@ class Engine:
         compile: str = "auto",
         cache_bits: int | None = None,
         attention: str = "full",
+        draft: Draft | None = None,
     ) -> Engine:
         """The engine of a run directory's newest weights; `attention` as in `torchstone.model.mask.mask_named`.
 
@@ -236,8 +262,15 @@ class Engine:
         start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
         eos = settings.get("eos_token_id")
         return cls(
-            model, tokenizer, compile=compile, eos=eos, start=start, cache_bits=cache_bits, attention=mask  # type: ignore[arg-type]
-        )  # fmt: skip
+            model,
+            tokenizer,
+            compile=compile,  # type: ignore[arg-type]
+            eos=eos,
+            start=start,
+            cache_bits=cache_bits,
+            attention=mask,
+            draft=draft,
+        )
 
     def refresh(self) -> None:
         """Take the source model's present weights: needed after they changed if the engine has a copy of them, or if it
@@ -280,7 +313,7 @@ class Engine:
         rows = self._rows(prompts, sampling, memory, requests, prefix)
         for _ in self._run(rows, sampling, noise, guides, prefix):
             pass
-        return [row.completion(sampling.logprobs is not None) for row in rows]
+        return [row.completion(sampling.logprobs is not None, self.draft is not None) for row in rows]
 
     def stream(
         self,
@@ -301,6 +334,16 @@ class Engine:
         return self._run(self._rows(prompts, sampling, memory, requests, prefix), sampling, noise, guides, prefix)
 
     # -- input
+
+    @staticmethod
+    def _check_draft(model: Transformer, draft: str, compile: str, attention: Mask) -> None:
+        if draft not in get_args(Draft):
+            raise TorchstoneError(f"draft: is {' or '.join(get_args(Draft))}, not {draft!r}")
+        if compile == "on":
+            raise TorchstoneError("draft: its forwards have several tokens a row and are not compiled; not with compile on")
+        if attention.reach is not None:
+            raise TorchstoneError("draft: under an attention of bounded reach caches are rings and take back no token")
+        check_drafts(model)
 
     def _separator(self) -> int | None:
         try:
@@ -357,6 +400,8 @@ class Engine:
             raise TorchstoneError(f"requests: {len(names)} names for {len(encoded)} prompts")
         if sampling.stop and self.tokenizer is None:
             raise TorchstoneError("stop: stop strings are found in text, and the engine has no tokenizer")
+        if prefix is not None and self.draft is not None:
+            raise TorchstoneError("prefix: has no hidden states of its tokens, from which drafts are made; use no draft")
         if prefix is not None and prefix.rows != 1:
             raise TorchstoneError(f"prefix: needs a state of one row, this one has {prefix.rows}")
         before = 0 if prefix is None else prefix.reach
@@ -392,6 +437,9 @@ class Engine:
         prefix: State | None,
     ) -> Iterator[Event]:
         if not rows:
+            return
+        if self.draft is not None:
+            yield from self._run_drafted(rows, sampling, SeededNoise(sampling.seed) if noise is None else noise, guides)
             return
         # a compiled step knows no columns: it takes the place of a token for its position
         compiled = self._compiled_step(max(row.budget for row in rows)) if prefix is None else None
@@ -443,6 +491,94 @@ class Engine:
                 compiled = None
                 logits_BV, best_B = self._decode(None, state, ids_B, add_B, longest)
 
+    def _run_drafted(
+        self, rows: list[_Row], sampling: Sampling, noise: NoiseSource, guides: Sequence[Guide]
+    ) -> Iterator[Event]:
+        """As `_run`, with drafts: rows take different numbers of tokens from one forward."""
+        live, need = list(rows), max(len(row.prompt) + row.budget - 1 for row in rows)
+        kept: list[torch.Tensor] = []
+        state, logits_BV = self._read(rows, need, 0, None, kept)
+        hidden_BTD, logits_BTV = torch.cat(kept, 1), logits_BV[:, None]
+        drafter = Drafter(self.model, len(rows), state.extent, self.cache_bits)
+        seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
+        drafting, plain = sampling.model_copy(update={"logprobs": None}), sampling.plain and not guides
+        drafts: list[list[int]] = [[] for _ in rows]
+
+        def pick_of(
+            some: list[int], logits_NV: torch.Tensor, texts: list[list[int]], step: int, how: Sampling
+        ) -> Choice:
+            if plain:
+                return Choice(logits_NV.argmax(-1))
+            seen_NV = None if seen_BV is None else seen_BV[some]
+            history = History([live[b].request for b in some], step, [texts[b] for b in some], seen_NV)
+            return self._choose(how, logits_NV, history, noise, guides)
+
+        def guess(logits_BV: torch.Tensor, texts: list[list[int]]) -> list[int]:
+            tokens = [0] * len(live)
+            for some in self._by_step(live, range(len(live))):
+                step = len(texts[some[0]]) - len(live[some[0]].prompt)
+                found = pick_of(some, logits_BV[some], texts, step, drafting)
+                for b, token in zip(some, found.ids_B.tolist(), strict=True):
+                    tokens[b] = token
+            return tokens
+
+        while True:
+            going = list(range(len(live)))
+            for j in range(logits_BTV.shape[1]):
+                taking, going = going, []
+                for some in self._by_step(live, taking):
+                    texts = [row.history for row in live]
+                    choice = pick_of(some, logits_BTV[some, j], texts, live[some[0]].step, sampling)
+                    yield from self._take([live[b] for b in some], choice.ids_B, choice)
+                    if seen_BV is not None:
+                        seen_BV[torch.tensor(some, device=self.device), choice.ids_B] = True
+                    going += [b for b in some if self._stands(live[b], drafts[b], j)]
+            left = [b for b, row in enumerate(live) if row.finish is None]
+            if not left:
+                return
+            if len(left) < len(live):
+                left_N = torch.tensor(left, device=self.device)
+                state, hidden_BTD = state.fork(left_N), hidden_BTD[left_N]
+                seen_BV = None if seen_BV is None else seen_BV[left_N]
+                drafter.keep(left)
+                live = [live[b] for b in left]
+            state.truncate(torch.tensor([len(row.history) - 1 for row in live], device=self.device))
+            drafts = drafter.draft([row.history for row in live], hidden_BTD, guess)
+            room = max(row.budget - row.step for row in live) - 1
+            if self.model.limit is not None:
+                room = min(room, self.model.limit - state.longest - 1)
+            drafts = [draft[:room] for draft in drafts]
+            ids_BT = torch.tensor([[row.history[-1], *draft] for row, draft in zip(live, drafts, strict=True)])
+            if state.longest + ids_BT.shape[1] > state.extent:
+                state.extend(max(state.longest + ids_BT.shape[1], min(need, 2 * state.extent)))
+            self.steps += 1
+            hidden_BTD, logits_BTV = self._verify(state, ids_BT.to(self.device))
+
+    @torch.no_grad()
+    def _verify(self, state: State, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of the newest tokens and the drafts behind them."""
+        out = self.model(ids_BT, state=state)
+        assert out.logits is not None
+        return out.hidden, out.logits
+
+    @staticmethod
+    def _by_step(live: list[_Row], some: Iterable[int]) -> list[list[int]]:
+        """Numbers of rows, by how many new tokens they have: noise goes by that."""
+        found: dict[int, list[int]] = {}
+        for b in some:
+            found.setdefault(live[b].step, []).append(b)
+        return list(found.values())
+
+    def _stands(self, row: _Row, draft: list[int], j: int) -> bool:
+        """Whether draft `j` is the token that the row has just taken, so that what was read after it counts."""
+        if j >= len(draft) or row.finish is not None:
+            return False
+        stands = draft[j] == row.history[-1]
+        tried = 1 if stands else len(draft) - j
+        row.drafted, row.accepted = row.drafted + tried, row.accepted + stands
+        self.drafted, self.accepted = self.drafted + tried, self.accepted + stands
+        return stands
+
     def _take(self, live: list[_Row], ids_B: torch.Tensor, choice: Choice | None) -> Generator[Event, None, bool]:
         """Give every unfinished row its token; returns whether any row ended."""
         tokens = ids_B.tolist()
@@ -486,18 +622,28 @@ class Engine:
         return sampling.choose(logits_BV, history, noise, guides)
 
     @torch.no_grad()
-    def _read(self, rows: list[_Row], need: int, spare: int, prefix: State | None) -> tuple[State, torch.Tensor]:
-        """State after the prompts and logits (B, V) of what follows; equal rows are read once."""
+    def _read(
+        self,
+        rows: list[_Row],
+        need: int,
+        spare: int,
+        prefix: State | None,
+        kept: list[torch.Tensor] | None = None,
+    ) -> tuple[State, torch.Tensor]:
+        """State after the prompts and logits (B, V) of what follows; equal rows are read once.
+
+        `kept`, if given, gets the prompts' hidden states (B, T, D).
+        """
         unique: dict[tuple[Any, ...], int] = {}
         which = [
             unique.setdefault((tuple(row.prompt), None if row.memory is None else tuple(row.memory)), len(unique))
             for row in rows
         ]
         firsts = [rows[which.index(u)] for u in range(len(unique))]
-        ids_BT, valid_BT = self._padded([row.prompt for row in firsts])
+        ids_BT, valid_BT = padded([row.prompt for row in firsts], self.device)
         memory = None
         if firsts[0].memory is not None:
-            source_BS, source_valid = self._padded([row.memory or [] for row in firsts])
+            source_BS, source_valid = padded([row.memory or [] for row in firsts], self.device)
             memory = Tokens.of(source_BS, valid=source_valid)
         T = ids_BT.shape[1]
         if prefix is None:
@@ -513,28 +659,30 @@ class Engine:
             b = min(a + self.chunk, T)
             piece = ids_BT[:, a:b]
             valid = None if valid_BT is None else valid_BT[:, a:b]
-            inputs = piece if valid is None else Tokens.of(piece, valid=valid)
+            inputs = Tokens.of(piece, valid=valid)
             out = self.model(
-                inputs, state=state, mask=self.attention, outputs="last", memory=memory if a == 0 else None
+                inputs,
+                state=state,
+                mask=self.attention,
+                outputs="last" if kept is None else "none",
+                memory=memory if a == 0 else None,
             )
-            assert out.logits is not None
-            new = out.logits[:, -1]
+            if kept is None:
+                assert out.logits is not None
+                new = out.logits[:, -1]
+            else:
+                kept.append(out.hidden)
+                newest = inputs.newest(len(firsts))
+                new = logits_of(self.model, pick(out.hidden, newest), inputs.pick(newest))[:, -1]
             # a row that ended in an earlier chunk has nothing here, and keeps what followed its own last token
             logits_BV = new if logits_BV is None or valid is None else torch.where(valid[:, :1], new, logits_BV)
         assert logits_BV is not None
         if len(firsts) < len(rows):
             order = torch.tensor(which, device=self.device)
             state, logits_BV = state.fork(order), logits_BV[order]
+            if kept is not None:
+                kept[:] = [x_BTD[order] for x_BTD in kept]
         return state, logits_BV
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids (B, T) padded on the right, and which are no padding; None if all rows are equally long."""
-        T = max(map(len, rows))
-        ids_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=self.device)
-        length_B = torch.tensor([len(row) for row in rows], device=self.device)
-        if bool((length_B == T).all()):
-            return ids_BT, None
-        return ids_BT, torch.arange(T, device=self.device)[None] < length_B[:, None]
 
     def _seen(self, rows: list[_Row]) -> torch.Tensor:
         seen_BV = torch.zeros(len(rows), self.vocabulary, dtype=torch.bool)
