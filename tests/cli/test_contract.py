@@ -71,7 +71,7 @@ def test_generate_with_drafts_says_how_many_stood(cli: Cli, recipe: Cli, tmp_pat
     assert (done["accepted"], done["drafted"]) == (int(said[1]), int(said[2]))
     assert "accepted" not in json.loads(cli(*asked, "--json").out)[0]
     refused = cli(*asked, "--draft", "ngram")
-    assert refused.status == 1 and "draft: is mtp, not 'ngram'" in refused.err
+    assert refused.status == 2 and "draft: is mtp, not 'ngram'" in refused.err
 
 
 def test_train_takes_a_file_and_overrides_and_prints_the_run(cli: Cli, recipe: Cli, tmp_path: Path) -> None:

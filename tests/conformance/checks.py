@@ -241,9 +241,9 @@ def bfloat16(case: Case) -> None:
             x, memory = x.bfloat16(), {name: value.bfloat16() for name, value in memory.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             output = model(x, **memory)
+            ahead = further(model, x, output) if case.of_tokens else 0
         assert torch.isfinite(output.hidden).all() and torch.isfinite(output.logits).all(), f"autocast={cast}"
-            loss = loss_of(output) + (further(model, x, output) if case.of_tokens else 0)
-        loss.backward()
+        (loss_of(output) + ahead).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} gets no gradient, autocast={cast}"
             assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite, autocast={cast}"
