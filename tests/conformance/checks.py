@@ -210,8 +210,8 @@ def further(model: Transformer, x: torch.Tensor, output: Output, key: torch.Tens
     """A number that depends on what a model has besides its forward: predictors of further tokens; 0 without any."""
     total, hidden = torch.zeros(()), output.hidden
     for k in range(1, len(predictors_of(model) or ()) + 1):
-        hidden, _ = predict(model, k, hidden[:, : T - k], Tokens.of(x[:, k:]), key=key)
-        total = total + loss_of(Output(hidden))
+        hidden, aux = predict(model, k, hidden[:, : T - k], Tokens.of(x[:, k:]), key=key)
+        total = total + loss_of(Output(hidden, hidden, aux))
     return total
 
 

@@ -190,6 +190,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
         spec.rank * (inputs + outputs) for inputs, outputs, role in projections if role in spec.targets
     ),
     ("linear", "bitlinear"): lambda spec, projections: 0,
+    ("linear", "fp8_block"): lambda spec, projections: 0,
     ("norm", "rmsnorm"): lambda spec, D: D * spec.gain,
     ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
     # norms around one sublayer, the final one, and those before output projections of all but cross-attentions

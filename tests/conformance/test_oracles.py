@@ -699,6 +699,35 @@ def _() -> None:
         same(m(x), torch.tensor(y), str(spec))
 
 
+def e4m3(value: float) -> float:
+    """The nearest number of four bits of exponent and three of mantissa, ties to the even one."""
+    if value == 0:
+        return 0.0
+    step = 2.0 ** (max(-6, math.floor(math.log2(abs(value)))) - 3)
+    return math.copysign(min(448.0, round(abs(value) / step) * step), value)
+
+
+@oracle("linear", "fp8_block")
+def _() -> None:
+    """Section 3.3 of DeepSeek-V3 in numbers: tiles of the input, squares of each slice of the weight."""
+    for spec in specs("linear", "fp8_block"):
+        m, tile = ready(Site(width=32, linear_spec=spec).linear(32, (5, 7), ("up", "gate"), bias=True)), spec.tile
+
+        def rounded(block: np.ndarray, spec: Any = spec) -> np.ndarray:
+            scale = max(abs(block).max(), 1e-4) / 448
+            scale = 2.0 ** math.ceil(math.log2(scale)) if spec.power_of_two else scale
+            return np.vectorize(e4m3)(block / scale) * scale
+
+        x, rows = drawn(6, 32), []
+        a = np.concatenate(
+            [rounded(array(x)[r : r + 1, c : c + tile]) for r in range(6) for c in range(0, 32, tile)], 1
+        )
+        for part in array(m.weight)[:5], array(m.weight)[5:]:
+            for r in range(0, len(part), tile):
+                rows.append(np.concatenate([rounded(part[r : r + tile, c : c + tile]) for c in range(0, 32, tile)], 1))
+        same(m(x[None])[0], torch.tensor(a.reshape(6, 32) @ np.concatenate(rows).T + array(m.bias)), str(spec))
+
+
 # --------------------------------------------------------------------------- residual, block, stack, embedding, head
 
 
@@ -910,7 +939,9 @@ def _() -> None:
             x.append(module.project.weight @ torch.cat([e, rms(h[0, i], module.hidden_norm.weight)]))
         x, layer = torch.stack(x)[None], module.block
         read = array(rms(x, layer.attention_residual.norm.weight))[0]
-        x = x + torch.from_numpy(softmax_by_hand(layer.attention.spec, layer.attention, read, None, lambda t, s: s <= t))
+        x = x + torch.from_numpy(
+            softmax_by_hand(layer.attention.spec, layer.attention, read, None, lambda t, s: s <= t)
+        )
         x = x + layer.ffn(rms(x, layer.ffn_residual.norm.weight))[0]
         h = rms(x, model.decoder.norm.weight)  # eq. 22, with the norm before the shared head
         same(ours, h, f"module {k}")

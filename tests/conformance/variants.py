@@ -83,6 +83,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "binary": {"weights": "binary", "norm": "layernorm"},
         "outside": {"norm": "none", "act_bits": 4},
     },
+    ("linear", "fp8_block"): {"small": {"tile": 5}, "power_of_two": {"tile": 8, "power_of_two": True}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
     ("residual", "deepnorm"): {"set": {"alpha": 3.0, "beta": 0.5}},

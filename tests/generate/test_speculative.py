@@ -123,7 +123,9 @@ def test_texts_end_where_they_end_without_drafts(letters: Tokenizer) -> None:
             ours, theirs = ([(each.ids, each.text, each.finish) for each in done] for done in both)
             assert ours == theirs
     limited = drafting(2, position="learned", context=20, residual={"kind": "pre", "std": 0.05})
-    for each, other in zip(*(Engine(limited, draft=d).generate(ids(7, 18), SAMPLED) for d in ("mtp", None)), strict=True):
+    for each, other in zip(
+        *(Engine(limited, draft=d).generate(ids(7, 18), SAMPLED) for d in ("mtp", None)), strict=True
+    ):
         assert each.ids == other.ids and each.finish == other.finish == "length"
 
 

@@ -340,9 +340,11 @@ class Engine:
         if draft not in get_args(Draft):
             raise TorchstoneError(f"draft: is {' or '.join(get_args(Draft))}, not {draft!r}")
         if compile == "on":
-            raise TorchstoneError("draft: its forwards have several tokens a row and are not compiled; not with compile on")
+            raise TorchstoneError("draft: forwards of several tokens a row are not compiled; not with compile on")
         if attention.reach is not None:
-            raise TorchstoneError("draft: under an attention of bounded reach caches are rings and take back no token")
+            raise TorchstoneError(
+                "draft: under an attention of bounded reach caches are rings, which take no token back"
+            )
         check_drafts(model)
 
     def _separator(self) -> int | None:
@@ -401,7 +403,7 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise TorchstoneError("stop: stop strings are found in text, and the engine has no tokenizer")
         if prefix is not None and self.draft is not None:
-            raise TorchstoneError("prefix: has no hidden states of its tokens, from which drafts are made; use no draft")
+            raise TorchstoneError("prefix: has no hidden states of its tokens, of which drafts are made")
         if prefix is not None and prefix.rows != 1:
             raise TorchstoneError(f"prefix: needs a state of one row, this one has {prefix.rows}")
         before = 0 if prefix is None else prefix.reach

@@ -1,11 +1,11 @@
 """Speculative decoding with the modules of `stack.multi_token` (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2; the
 method is that of Leviathan et al. 2022, arXiv 2211.17192).
 
-The D modules draft D tokens; one forward of the model reads them behind the newest token, and each draft stands if it is
-the token that the model takes at that place. What the model takes is a function of its logits and of noise that is keyed
-by place, so the text is the one without drafts, greedy or sampled. (A forward of several tokens rounds otherwise than one
-of one token: where two tokens tie to within that, either may be taken.) Drafts are chosen with the same noise, which
-makes them agree more often.
+The D modules draft D tokens; one forward of the model reads them behind the newest token, and each draft stands if it
+is the token that the model takes at that place. What the model takes is a function of its logits and of noise that is
+keyed by place, so the text is the one without drafts, greedy or sampled. (A forward of several tokens rounds otherwise
+than one of one token: where two tokens tie to within that, either may be taken.) Drafts are chosen with the same noise,
+which makes them agree more often.
 
 Module k's cache has an entry for position i once t_{i+k} is known. Per row, with n tokens read by the model, that is
 n + 1 - k of them; entries after those rest on drafts, and are taken back once the next tokens are known.
@@ -96,12 +96,12 @@ class Drafter:
                 certain position is not looked at.
             choose: a token for each row from logits (B, V) and the texts with the drafts so far.
         """
-        texts = [list(text) for text in texts]
+        grown = [list(text) for text in texts]
         read = [len(text) - 1 for text in texts]
         ends = [read]
         for k, state in enumerate(self.states, 1):
             first, base = self.held[k], self.held[k - 1]
-            pieces = [text[a + k : n + k] for text, a, n in zip(texts, first, read, strict=True)]
+            pieces = [text[a + k : n + k] for text, a, n in zip(grown, first, read, strict=True)]
             ids_BT, valid_BT = padded(pieces, hidden_BTD.device)
             both_BTD = torch.cat([self.before[k - 1].to(hidden_BTD.dtype), hidden_BTD], 1)  # column c is base - 1 + c
             start = torch.tensor([a - b + 1 for a, b in zip(first, base, strict=True)], device=ids_BT.device)
@@ -116,10 +116,10 @@ class Drafter:
             state.truncate(torch.tensor(ends[-1], device=ids_BT.device))
             newest = tokens.newest(len(texts))
             logits_BV = logits_of(self.model, pick(hidden_BTD, newest), tokens.pick(newest))[:, -1]
-            for text, token in zip(texts, choose(logits_BV, texts), strict=True):
+            for text, token in zip(grown, choose(logits_BV, grown), strict=True):
                 text.append(token)
         self.held = ends
-        return [text[-self.depth :] for text in texts]
+        return [text[-self.depth :] for text in grown]
 
 
 def logits_of(model: Transformer, hidden_BTD: torch.Tensor, tokens: Tokens) -> torch.Tensor:

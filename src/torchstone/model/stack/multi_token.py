@@ -1,5 +1,5 @@
-"""Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): modules after the layers of any other stack,
-each of which predicts one token further, along the chain of those before it.
+"""Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): modules after the layers of any other
+stack, each of which predicts one token further, along the chain of those before it.
 
 Module k = 1 .. D reads at position i what the one before it gave there, and the embedding of a token further on (eqs.
 21 to 24)::
@@ -11,8 +11,8 @@ embedding, head and the final norm are the main model's. The order [embedding; h
 paper writes the other one. h^0 is what the main model gives to its head, after the final norm, as published programs
 read it; the paper does not say on which side of that norm.
 
-The forward of the model is that of the main stack alone: nothing in it knows of the modules. `predict` runs one of them,
-for `objective.multi_token` and for drafting (`torchstone.generate.speculative`).
+The forward of the model is that of the main stack alone: nothing in it knows of the modules. `predict` runs one of
+them, for `objective.multi_token` and for drafting (`torchstone.generate.speculative`).
 
 Shapes: B rows, T tokens, D width.
 """
@@ -53,7 +53,7 @@ class MultiTokenStackSpec(StackSpec):
 
     def plan(self, layers: Sequence[LayerSpec], width: int, causal: bool) -> tuple[LayerPlan, ...]:
         if not causal:
-            raise TorchstoneError("stack multi_token: predicts tokens to come; it has no encoder, alone or beside a decoder")
+            raise TorchstoneError("stack multi_token: predicts tokens to come; no encoder, alone or beside a decoder")
         if isinstance(self.main, MultiTokenStackSpec):
             raise TorchstoneError("stack multi_token: main is another kind of stack; more modules are more predictors")
         return self.main.plan(layers, width, causal)
@@ -127,7 +127,7 @@ def predict(
     name = f"predictors.{k - 1}"
     ctx = Context(q, keys, relation=relation, slots=slots, positions=stack.positions, key=key)  # type: ignore[arg-type]
     ctx = ctx.inside("decoder").inside(name)
-    layer: Predictor = stack.predictors[k - 1]  # type: ignore[index, assignment, union-attr]
+    layer: Predictor = stack.predictors[k - 1]  # type: ignore[index, assignment]
     # no position is added: the hidden states know theirs, and attention takes those of i
     e_BTD = model.embedding(q.ids, q, None, ctx)
     layer.block.prepare(ctx)
