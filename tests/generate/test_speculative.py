@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_cached_drafts_are_those_of_one_forward_over_the_text(monkeypatch: pytes
     monkeypatch.setattr(Drafter, "draft", spy)
     Engine(model, draft="mtp").generate(ids(*LENGTHS), Sampling(max_new_tokens=12))
     lengths = [[len(text) for text in drafted] for _, drafted, already in seen if already == 0]
-    grown = {b - a for old, new in zip(lengths, lengths[1:], strict=False) for a, b in zip(old, new, strict=False)}
+    grown = {b - a for old, new in itertools.pairwise(lengths) for a, b in zip(old, new, strict=False)}
     assert {1, 2, 3, 4} <= grown  # rows took from one to four tokens of a forward
     for logits_BV, drafted, already in seen:
         for b, text in enumerate(drafted):

@@ -5,8 +5,8 @@ section 3.3).
 
 Each block has a scale of its own: 1 x tile of activations and gradients, along what the product sums over, and tile x
 tile of weights. Sums run in float32 over one tile at a time, and each such sum is multiplied by both scales before it
-is added to the rest ("promotion"). Numbers are rounded to E4M3, four bits of exponent and three of mantissa, by the cast
-of torch, to the nearest.
+is added to the rest ("promotion"). Numbers are rounded to the nearest of E4M3, four bits of exponent and three of
+mantissa, by torch's cast.
 
 Shapes: R rows, K what is summed over, M and N rows of the two factors, S = ceil(K / tile).
 """
