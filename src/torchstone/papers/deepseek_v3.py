@@ -60,7 +60,7 @@ def _batch(seed: int, rows: int = 4, length: int = 24) -> Batch:
 def _gradients(objective: Objective, model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
     result = objective(model, batch, None)
     total = sum((term.weight * term.total for term in result.terms.values()), torch.zeros(()))
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": total.detach(), **grads}
 
@@ -99,7 +99,7 @@ def _drafts_change(seed: int) -> int:
     ):
         model = _model(2, seed, std)
         prompts = [row[: 3 + 4 * b].tolist() for b, row in enumerate(_batch(seed)["ids"])]
-        both = [Engine(model, draft=draft, compile="off").generate(prompts, sampling) for draft in ("mtp", None)]  # type: ignore[arg-type]
+        both = [Engine(model, draft=draft, compile="off").generate(prompts, sampling) for draft in ("mtp", None)]
         changed += sum(x != y for a, b in zip(*both, strict=True) for x, y in zip(a.ids, b.ids, strict=True))
     return changed
 
@@ -135,7 +135,8 @@ def _identities(scale: Scale, first: int) -> Measured:
         rounding = max(rounding, float(off[q.float() >= 2**-6].max()))
     with torch.device("meta"):
         body = preset("deepseek-v3").dump() | {"stack": {"kind": "multi_token"}}
-        module = sum(p.numel() for p in predictors_of(validate(TransformerSpec, body).build()).parameters())  # type: ignore[union-attr]
+        published: Any = validate(TransformerSpec, body).build()
+    module = sum(p.numel() for p in published.decoder.predictors.parameters())
     return Measured(
         {
             "losses and gradients that differ from the plain model's without modules": plain_differs,
@@ -160,9 +161,9 @@ _identities.builds = (  # type: ignore[attr-defined]
 IDENTITIES = Claim(
     id="exact",
     kind="identity",
-    text="Without modules the objective is the plain one to the bit; module k at position i reads tokens up to i + k and "
-    "no other; drafts change no token, greedy or sampled; the bias on choices enters no gate; a number in 8 bits with "
-    "its tile's scale is within 2^-4; the published model's module has 11.6 billion parameters of its own.",
+    text="Without modules the objective is the plain one to the bit; module k at position i reads tokens up to i + k "
+    "and no other; drafts change no token, greedy or sampled; the bias on choices enters no gate; a number in 8 bits "
+    "with its tile's scale is within 2^-4; the published model's module has 11.6 billion parameters of its own.",
     figure="eqs. 12 to 16 and 21 to 25; E4M3 with a scale for each 1 x 128 tile; README: 11.5B unique parameters",
     gates=(
         Number("losses and gradients that differ from the plain model's without modules", high=0),
@@ -331,12 +332,12 @@ def _drafted(size: _Size, seed: int, objective: Any, predictors: int = 1) -> tup
         if not predictors:
             return loss, 1.0, 0
         made: Any = run.model()
-        texts, tokenizer = run.recipe.data.prepare().texts("test"), run.tokenizer()  # type: ignore[attr-defined]
+        texts, tokenizer = run.recipe.data.prepare().texts("test"), run.tokenizer()
     prompts = [text.text[:_PROMPT] for text in texts if len(text.text) > _PROMPT][:_PROMPTS]
     greedy = Sampling(temperature=0, max_new_tokens=_NEW)
     ours, theirs = (
         Engine(made, tokenizer, draft=draft, compile="off", eos=()).generate(prompts, greedy) for draft in ("mtp", None)
-    )  # type: ignore[arg-type]
+    )
     changed = sum(x != y for a, b in zip(ours, theirs, strict=True) for x, y in zip(a.ids, b.ids, strict=True))
     accepted, drafted = (sum(getattr(each, name) for each in ours) for name in ("accepted", "drafted"))
     return loss, 1.0 + accepted / drafted, changed
@@ -370,8 +371,8 @@ _ahead.builds = (  # type: ignore[attr-defined]
 AHEAD = Claim(
     id="one-token-further",
     kind="behaviour",
-    text="A byte model of 3 layers trained for 600 steps with one module at a weight of 0.3 is not worse by 0.02 nats a "
-    "byte than without it, and writes more than 1.6 tokens a pass of its own greedy text with the module's drafts.",
+    text="A byte model of 3 layers trained for 600 steps with one module at a weight of 0.3 is not worse by 0.02 nats "
+    "a byte than without it, and writes more than 1.6 tokens a pass of its own greedy text with the module's drafts.",
     figure="second token accepted 85 to 90 % of the time, 1.8 times the tokens a second; most benchmarks better",
     gates=(
         Number("tokens that drafts change", high=0),
@@ -443,12 +444,12 @@ _products.builds = ("torchstone.ops.fp8.reference", "torchstone.model.linear.fp8
 EIGHT_BITS = Claim(
     id="eight-bits",
     kind="behaviour",
-    text="After 300 steps, each at the best of three learning rates, a small byte model whose projections take all three "
-    "products in emulated 8 bits is not worse by 0.01 nats a byte (0.5 %) than one in 32-bit floats. A product of normal "
-    "numbers is off by less than 5 %; a channel 2^20 times as large as the rest takes all of the rest with one scale, "
-    "and with tiles only what shares its own.",
-    figure="relative difference of losses to BF16 below 0.25 %; a scale for each 1 x 128 tile and 128 x 128 block against "
-    "outliers",
+    text="After 300 steps, each at the best of three learning rates, a small byte model whose projections take all "
+    "three products in emulated 8 bits is not worse by 0.01 nats a byte (0.5 %) than one in 32-bit floats. A product "
+    "of normal numbers is off by less than 5 %; a channel 2^20 times as large as the rest takes all of the rest with "
+    "one scale, and with tiles only what shares its own.",
+    figure="relative difference of losses to BF16 below 0.25 %; a scale for each 1 x 128 tile and 128 x 128 block "
+    "against outliers",
     gates=(
         Effect("beside 32 bits", "fp8", "dense", margin=-0.01, sabotage="unscaled"),
         Number("error of a product", low=0.02, high=0.05),
@@ -496,7 +497,7 @@ PAPER = Paper(
     link="https://arxiv.org/abs/2412.19437",
     topics=("experts", "multi-token prediction", "speculative decoding", "quantisation", "decoding"),
     parts=("router.sigmoid_bias", "stack.multi_token", "objective.multi_token", "linear.fp8_block"),
-    summary="Experts balanced by a bias on choices in the place of a loss, a module that predicts one token further and "
-    "drafts it in decoding, and training whose products are of 8-bit floats with a scale for each small block.",
+    summary="Experts balanced by a bias on choices in the place of a loss, a module that predicts one token further "
+    "and drafts it in decoding, and training whose products are of 8-bit floats with a scale for each small block.",
     claims=(IDENTITIES, BALANCE, AHEAD, EIGHT_BITS),
 )
