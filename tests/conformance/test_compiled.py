@@ -49,7 +49,8 @@ def compiled(model: Transformer, backend: Any) -> Transformer:
 def values(model: Transformer, case: Case, **arguments: Any) -> dict[str, torch.Tensor]:
     output = model(inputs(case), **with_memory(case), **arguments)
     loss_of(output).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # modules beside the forward have no part in it
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "predictors" not in name}
     sums = {f"aux {name}": tensor for name, pair in output.aux.items() for tensor in pair}
     return {"hidden": output.hidden.detach(), "logits": output.logits.detach(), **sums, **gradients}
 
