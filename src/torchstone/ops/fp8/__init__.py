@@ -54,18 +54,31 @@ def fp8_linear(
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        y_MO = _Linear.apply(x.flatten(0, -2), tile, power_of_two, *weights_OI)
+        x_MI = x.flatten(0, -2)
+        if torch.is_grad_enabled():
+            y_MO = _Linear.apply(x_MI, tile, power_of_two, *weights_OI)
+        else:  # keeps nothing, and compiles as a whole
+            y_MO, _ = _forward(x_MI, weights_OI, tile, power_of_two)
     return y_MO.view(*x.shape[:-1], -1).to(dtype)
+
+
+def _forward(
+    x_MI: torch.Tensor, weights_OI: Sequence[torch.Tensor], tile: int, power_of_two: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The product, and what was quantised for it: numbers and scales of x, then of each weight."""
+    q, scale = quantise(x_MI, tile, 1, power_of_two)
+    made = [quantise(w_OI, tile, tile, power_of_two) for w_OI in weights_OI]
+    y_MO = torch.cat([fp8_product(q, scale, w, beta, tile, tile) for w, beta in made], -1)
+    return y_MO, [q, scale, *(part for pair in made for part in pair)]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MI: torch.Tensor, tile: int, power_of_two: bool, *weights_OI: torch.Tensor) -> Any:
-        q, scale = quantise(x_MI, tile, 1, power_of_two)
-        made = [quantise(w_OI, tile, tile, power_of_two) for w_OI in weights_OI]
-        ctx.save_for_backward(q, scale, *(part for pair in made for part in pair))
+        y_MO, kept = _forward(x_MI, weights_OI, tile, power_of_two)
+        ctx.save_for_backward(*kept)
         ctx.how, ctx.dtypes = (tile, power_of_two), (x_MI.dtype, weights_OI[0].dtype)
-        return torch.cat([fp8_product(q, scale, w, beta, tile, tile) for w, beta in made], -1)
+        return y_MO
 
     @staticmethod
     @once_differentiable
