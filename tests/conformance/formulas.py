@@ -199,6 +199,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("residual", "sandwich"): lambda spec: (2, 1, 0),
     ("residual", "deepnorm"): lambda spec: (1, 0, 0),
     ("residual", "subln"): lambda spec: (1, 1, 1),
+    ("residual", "weighted"): lambda spec: (1, 1, 0),
     # joins, attentions, cross-attentions, feed-forwards of a layer with a memory or without
     ("block", "sequential"): lambda spec, memory: (2 + memory, 1, memory, 1),
     ("block", "attention_only"): lambda spec, memory: (1 + memory, 1, memory, 0),
@@ -246,7 +247,7 @@ def _around(layer: LayerSpec) -> tuple[int, int]:
     around, _, inside = of(layer.residual)(layer.residual)
     if not layer.linear.owns_norm:
         return around, inside
-    return around - (layer.residual.kind in ("pre", "sandwich", "subln")), 0
+    return around - (layer.residual.kind in ("pre", "sandwich", "subln", "weighted")), 0
 
 
 def _mechanisms(layer: LayerSpec) -> int:

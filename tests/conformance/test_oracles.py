@@ -761,6 +761,13 @@ def _() -> None:
     assert isinstance(final, nn.Identity)
 
 
+@oracle("residual", "weighted")
+def _() -> None:
+    alpha = 2**0.25  # a decoder of one layer
+    final = joined("weighted", lambda x, f, m: alpha * x + f(rms(x, m.norm.weight)))
+    assert not isinstance(final, nn.Identity)
+
+
 @oracle("residual", "subln")
 def _() -> None:
     assert not isinstance(joined("subln", lambda x, f, m: x + f(rms(x, m.norm.weight))), nn.Identity)

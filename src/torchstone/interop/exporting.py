@@ -126,6 +126,8 @@ def fitting_layout(spec: TransformerSpec, first: str | None = None) -> Layout | 
     order = dict.fromkeys([first, *_COMMON, *names])
     for name in (name for name in order if name in names):
         layout = find_layout(str(name))
+        if not layout.hub and name != first:
+            continue
         try:
             layout.to_config(spec)
         except TorchstoneError:

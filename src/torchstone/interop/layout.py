@@ -323,6 +323,7 @@ class Layout:
         free: paths of the spec that have no meaning in this layout.
         misread: endings of modules that PEFT, in this model type, takes for something else: experts.
         quantised: ways to quantise weights that can be read.
+        hub: whether transformers reads it; one that it does not is written only when it is asked for.
     """
 
     model_type: str
@@ -340,6 +341,7 @@ class Layout:
     free: frozenset[str] = field(default=frozenset())
     misread: tuple[str, ...] = ()
     quantised: tuple[str, ...] = ("fp8",)
+    hub: bool = True
 
     # -- config
 
@@ -484,14 +486,13 @@ class Layout:
         """Their tensors from our parameters, one parameter at a time, contiguous."""
         steps = self.steps(spec)
         used = {theirs for step in steps for theirs in step.theirs}
-        copies = {copy.of: copy.name for copy in self.copies if copy.written and copy.name not in used}
+        copies = [copy for copy in self.copies if copy.written and copy.name not in used]
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for step in steps:
                 for name, tensor in zip(step.theirs, step.transform.split(get(step.ours), step.sizes), strict=True):
                     yield name, tensor.contiguous()
-                    if name in copies:
-                        yield copies[name], tensor.clone()
+                    yield from ((copy.name, tensor.clone()) for copy in copies if copy.of == name)
 
         return tensors()
 
