@@ -117,11 +117,17 @@ class Run(RunFolder):
         return export_run(self, out, to, dtype)
 
 
-def import_run(source: str | Path, *, out: str | Path) -> Run:
+def import_run(
+    source: str | Path,
+    *,
+    out: str | Path,
+    layout: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> Run:
     """Read a published checkpoint into a run; see `torchstone.interop.importing.import_run`."""
     from torchstone.interop.importing import import_run as read
 
-    return Run(read(source, out).path)
+    return Run(read(source, out, layout, config).path)
 
 
 def load(path: str | Path) -> Run:

@@ -297,8 +297,12 @@ def reproduce(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or an id on the hub.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder with config.json and safetensors, an id on the hub, or a file of torch.save.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="The run directory.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Layout of a file (torchscale-decoder, ...).")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with the config of a file.")] = None,
 ) -> None:
     """Read a checkpoint in a published layout into a run directory."""
     from torchstone.api import import_run
@@ -306,7 +310,7 @@ def import_(
 
     if out is None:
         raise TorchstoneError("import: needs --out, the directory of the run")
-    print(import_run(source, out=out).path)
+    print(import_run(source, out=out, layout=layout, config=config).path)
 
 
 @app.command()

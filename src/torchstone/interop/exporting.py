@@ -126,7 +126,7 @@ def fitting_layout(spec: TransformerSpec, first: str | None = None) -> Layout | 
     order = dict.fromkeys([first, *_COMMON, *names])
     for name in (name for name in order if name in names):
         layout = find_layout(str(name))
-        if not layout.hub and name != first:
+        if not layout.hub:
             continue
         try:
             layout.to_config(spec)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import full_disk, read_json, write_json
 from torchstone.interop.layout import Shapes, compare_shapes, find_layout, tensors_of
-from torchstone.interop.source import CheckpointFolder
+from torchstone.interop.source import CheckpointFile, CheckpointFolder
 from torchstone.model.transformer import TransformerSpec
 from torchstone.recipe import Recipe
 from torchstone.spec import validate
@@ -31,21 +31,30 @@ __all__ = ["import_run"]
 _OBJECTIVES = {"lm": "causal_lm", "mlm": "masked_lm"}
 
 
-def import_run(source: str | Path, out: str | Path) -> RunFolder:
+def import_run(
+    source: str | Path,
+    out: str | Path,
+    layout: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> RunFolder:
     """Read a checkpoint in a published layout and write it as a run.
 
     Tensors go from the memory-mapped shards to the run's file one at a time, in the precision that they have. The
     tokenizer's and generation's files come along.
 
     Args:
-        source: a folder in Hugging Face's form (config.json, safetensors), or an id on the hub.
+        source: a folder in Hugging Face's form (config.json, safetensors), or an id on the hub; or a file of tensors
+            that torch.save wrote, with the two below.
         out: the run directory; it must be free.
+        layout: the layout of a file of tensors, where its config does not say it in `model_type`.
+        config: the config of a file of tensors: values, or a JSON file of them.
 
     Raises:
         TorchstoneError: an architecture or option without a place here; tensors missing, surplus or mis-shaped, all
             by name; no space. Nothing is written then.
     """
-    given, folder = CheckpointFolder.find(source), RunFolder(out)
+    folder = RunFolder(out)
+    given = _given(source, layout, config)
     folder.check_free()
     spec, tensors, dtype = _read(given)
     model = shape_of(spec)
@@ -76,10 +85,25 @@ def import_run(source: str | Path, out: str | Path) -> RunFolder:
     return folder
 
 
+_Given = CheckpointFolder | CheckpointFile
+
+
+def _given(source: str | Path, layout: str | None, config: str | Path | Mapping[str, Any] | None) -> _Given:
+    if layout is None and config is None:
+        return CheckpointFolder.find(source)
+    if not Path(source).is_file():
+        raise TorchstoneError(f"{source}: a layout or a config goes with a file of tensors, and this is no file")
+    if not isinstance(config, Mapping):
+        config = {} if config is None else read_json(Path(config))
+    if not isinstance(config, Mapping):
+        raise TorchstoneError(f"{source}: its config needs a mapping, got {config!r:.60}")
+    return CheckpointFile(source, config if layout is None else {**config, "model_type": layout})
+
+
 _Read = tuple[TransformerSpec, Iterable[tuple[str, torch.Tensor]], torch.dtype]
 
 
-def _read(given: CheckpointFolder) -> _Read:
+def _read(given: _Given) -> _Read:
     """The spec, our tensors one at a time, and the precision of parameters; all refusals come here."""
     shapes: Shapes = given.shapes
     if given.config["model_type"] == "torchstone":
@@ -91,7 +115,7 @@ def _read(given: CheckpointFolder) -> _Read:
     return spec, layout.read(spec, shapes, given.get), given.dtype(apart)
 
 
-def _own(given: CheckpointFolder) -> _Read:
+def _own(given: _Given) -> _Read:
     """A checkpoint of our own, which `export` wrote."""
     spec = RunFolder(given.path).model_spec
     if not isinstance(spec, TransformerSpec):
@@ -107,7 +131,7 @@ def _buffers(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: buffer.dtype for name, buffer in model.named_buffers()}
 
 
-def _tokenizer(given: CheckpointFolder) -> Tokenizer | None:
+def _tokenizer(given: _Given) -> Tokenizer | None:
     """The checkpoint's tokenizer; one in a form of earlier times is converted by transformers."""
     if (given.path / "tokenizer.json").is_file():
         return Tokenizer.load(given.path)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 
-__all__ = ["COMPANIONS", "CheckpointFolder"]
+__all__ = ["COMPANIONS", "CheckpointFile", "CheckpointFolder"]
 
 COMPANIONS = (
     "tokenizer.json",
@@ -199,3 +199,67 @@ class CheckpointFolder:
         """Whether the only tokenizer is in a form of earlier times."""
         there = [name for name in _SLOW_TOKENIZERS if (self.path / name).is_file()]
         return bool(there) and not (self.path / "tokenizer.json").is_file()
+
+
+class CheckpointFile:
+    """A file of tensors that torch.save wrote, and the config that its user has of it.
+
+    The tensors may lie one level down, under "model" (fairseq) or "state_dict". Only tensors and plain data are
+    unpickled, whatever the file holds.
+
+    Args:
+        path: the file.
+        config: its config, with `model_type`.
+
+    Raises:
+        TorchstoneError: no such file, no model_type, or something else than tensors in it.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path, self.name, self.config = Path(path), str(path), dict(config)
+        if not isinstance(self.config.get("model_type"), str):
+            raise TorchstoneError(f"{path}: its config names no model_type; say which layout it has")
+        try:
+            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpicklers raise whatever the bytes make them do
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+            raise TorchstoneError(f"{path}: cannot be read as tensors alone ({reason})") from None
+        inner = (held.get(key) for key in ("model", "state_dict")) if isinstance(held, Mapping) else ()
+        held = next((found for found in inner if isinstance(found, Mapping)), held)
+        if not isinstance(held, Mapping) or not held:
+            raise TorchstoneError(f"{path}: holds no tensors by name")
+        wrong = next((name for name, value in held.items() if not isinstance(value, torch.Tensor)), None)
+        if wrong is not None:
+            raise TorchstoneError(f"{path}: holds {wrong!r}, which is no tensor; save the state dict alone")
+        self._tensors: dict[str, torch.Tensor] = dict(held)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor.
+
+        Raises:
+            TorchstoneError: it is quantised.
+        """
+        tensor = self._tensors[name]
+        if tensor.dtype not in _READ:
+            raise TorchstoneError(
+                f"{self.name}: {name} is {str(tensor.dtype).removeprefix('torch.')}; quantised weights cannot be read"
+            )
+        return tensor
+
+    def dtype(self, apart: Container[str] = ()) -> torch.dtype:
+        """The widest precision of weights that occurs, among all but those `apart`."""
+        found = {tensor.dtype for name, tensor in self._tensors.items() if name not in apart}
+        return next((dtype for dtype in _READ[:4] if dtype in found), torch.float32)
+
+    def companions(self) -> list[Path]:
+        """No files go along."""
+        return []
+
+    def needs_conversion(self) -> bool:
+        """It has no tokenizer."""
+        return False
