@@ -91,7 +91,8 @@ def side_names(names: Names, side: str, config: dict[str, Any], at: str, cross: 
 
 
 def before(config: dict[str, Any], side: str) -> bool:
-    """Whether norms stand before sublayers: TorchScale's two switches overrule the option in encoders alone."""
+    """Whether norms stand before sublayers, in the code after release 0.3.0: its two switches overrule the option in
+    encoders alone."""
     deepnorm = config.get("deepnorm", False)
     if side == "encoder" and (deepnorm or config.get("subln", True)):
         return not deepnorm
@@ -421,6 +422,15 @@ def test_without_an_output_layer_there_are_hidden_states(side: Any) -> None:
     same(from_torchscale(side, config, tensors)(IDS, outputs="none").hidden, run_side(tensors, side, config, IDS))
 
 
+def test_a_last_norm_tells_which_version_of_torchscale_made_a_decoder() -> None:
+    config = {**sizes("decoder"), "deepnorm": True}
+    later = one_stack("decoder", config)
+    release = {name: tensor for name, tensor in later.items() if not name.startswith("layer_norm.")}
+    kinds = [from_torchscale("decoder", config, tensors).spec.residual.kind for tensors in (later, release)]
+    assert kinds == ["weighted", "deepnorm"]
+    assert find_layout("torchscale-decoder").to_spec(config)["residual"] == {"kind": "deepnorm"}
+
+
 # ----------------------------------------------------------------------------------------------------- and back
 
 
@@ -472,7 +482,7 @@ def test_a_retnet_and_an_encoder_decoder_are_written_again() -> None:
         ("decoder", {"deepnorm": True, "subln": True},
          "deepnorm True and subln True exclude each other; supported: one of them"),
         ("decoder", {"decoder_normalize_before": False},
-         "decoder_normalize_before False is not supported; supported: True"),
+         "decoder_normalize_before False with subln True is not supported; supported: one of them"),
         ("decoder", {"multiway": True}, "multiway True is not supported; supported: False"),
         ("encoder", {"moe_freq": 2}, "moe_freq 2 is not supported; supported: 0"),
         ("encoder", {"xpos_rel_pos": True}, "xpos_rel_pos True is not supported; supported: False"),

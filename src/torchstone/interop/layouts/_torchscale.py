@@ -113,15 +113,17 @@ def read_dropout(config: Config) -> float:
     return float(rate)
 
 
-def residual(config: Config, side: Side, inner: bool = True) -> dict[str, Any]:
+def residual(config: Config, side: Side, shapes: Shapes | None, inner: bool = True) -> dict[str, Any]:
     """How sublayers are joined, as TorchScale resolves its three switches.
 
-    `deepnorm` makes an encoder post-norm and leaves a decoder as `decoder_normalize_before` says, which without a word
-    is pre-norm; `subln`, on without a word, makes an encoder pre-norm.
+    `deepnorm` makes an encoder post-norm, and `subln`, on without a word, pre-norm. In release 0.3.0 they do the same
+    to a decoder; the code after it leaves a decoder as `decoder_normalize_before` says, which without a word is
+    pre-norm. The two have one config, but only pre-norm has a last norm, so a decoder's checkpoint says which it is.
 
     Args:
         config: its values.
         side: whose `normalize_before`.
+        shapes: the checkpoint's tensors; None where there is none yet.
         inner: whether `subln` adds norms inside sublayers; in RetNet it adds none.
 
     Raises:
@@ -133,13 +135,21 @@ def residual(config: Config, side: Side, inner: bool = True) -> dict[str, Any]:
         raise TorchstoneError(
             f"{config.model_type} config: deepnorm True and subln True exclude each other; supported: one of them"
         )
-    before = config.get(f"{side}_normalize_before", True)
+    said = config.get(f"{side}_normalize_before", not deepnorm)
     if side == "encoder":
-        before = subln or (before and not deepnorm)
+        before = subln or (said and not deepnorm)
+    elif shapes is None:
+        before = said
+    else:
+        before = "layer_norm.weight" in shapes or "decoder.layer_norm.weight" in shapes
     if deepnorm:
         return {"kind": "weighted" if before else "deepnorm"}
     if subln and inner:
-        config.only(f"{side}_normalize_before", True)
+        if not before:
+            raise TorchstoneError(
+                f"{config.model_type} config: {side}_normalize_before False with subln True is not supported; "
+                "supported: one of them"
+            )
         return {"kind": "subln"}
     return {"kind": "pre" if before else "post"}
 
@@ -387,7 +397,7 @@ def one_stack(side: Side) -> Layout:
     def spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
         check_options(config, known | ({"img_size", "patch_size", "in_chans"} if side == "encoder" else set()))
         body = shared(config, side)
-        body["residual"] = residual(config, side)
+        body["residual"] = residual(config, side, shapes)
         if body["residual"]["kind"] in ("subln", "pre"):
             config.only("normalize_output", True)
         body["position"], body["context"] = position(config, side, shapes)

@@ -49,8 +49,8 @@ def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
             f"{config.model_type} config: encoder_embed_dim {config.get('encoder_embed_dim', 768)} is not supported; "
             f"supported: that of decoder_embed_dim, {body['width']}"
         )
-    own = residual(config, "decoder")
-    theirs = residual(config, "encoder")
+    own = residual(config, "decoder", shapes)
+    theirs = residual(config, "encoder", shapes)
     if theirs["kind"] in ("subln", "pre"):
         config.only("normalize_output", True)
     place, context = position(config, "decoder", shapes, "decoder.embed_positions.weight")

@@ -56,7 +56,7 @@ def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
         },
         "position": {"kind": "rotary", "interleaved": True, "inclusive": True},
         "ffn": {**config.choose("activation_fn", _GATES, "gelu"), "hidden": config.get("decoder_ffn_embed_dim", 1280)},
-        "residual": residual(config, "decoder", inner=False),
+        "residual": residual(config, "decoder", shapes, inner=False),
         **head(config, _TIED, shapes),
     }
 

@@ -1,7 +1,7 @@
 """Pre-norm with DeepNorm's weighted skip: ``alpha x + f(norm(x))``, and one norm after the last layer.
 
-What TorchScale builds of a decoder whose config says ``deepnorm=True`` and nothing else (Ma et al. 2022, arXiv
-2211.13184): its switch turns the encoder into post-norm and leaves ``decoder_normalize_before`` as it is. As norms take
+What TorchScale after its release 0.3.0 builds of a decoder whose config says ``deepnorm=True`` and nothing else (Ma et
+al. 2022, arXiv 2211.13184): the switch leaves ``decoder_normalize_before`` as it is. As norms take
 the scale of the stream out again, sublayer l counts alpha^-(l + 1) of what it does in plain pre-norm: early layers
 outweigh late ones. It is here to go on with such models; for new ones there is `deepnorm`.
 """
