@@ -77,6 +77,8 @@ def _router(spec: Any, D: int, E: int, V: int) -> int:
         return C * (D + E) + 1
     if spec.kind == "stable":
         return E * D + spec.dim * (V + E)
+    if spec.kind == "gshard" and spec.rank:
+        return spec.rank * (D + E)
     return 0 if spec.kind == "hash" and spec.gating == "even" else E * D
 
 
@@ -88,6 +90,10 @@ def _moe_hidden(spec: Any, D: int) -> int:
 def _moe(spec: Any, D: int, V: int) -> int:
     one = (3 if spec.gated else 2) * D * _moe_hidden(spec, D)
     return (spec.experts + spec.shared) * one + of(spec.router)(spec.router, D, spec.experts, V)
+
+
+def _gshard(spec: Any, D: int, V: int) -> int:
+    return _moe(spec, D, V) + spec.experts * spec.bias * (_moe_hidden(spec, D) * (1 + spec.gated) + D)
 
 
 def _mlp(spec: Any, D: int, V: int = 0) -> int:
@@ -148,7 +154,7 @@ def _of_mla(spec: Any, D: int, memory: int | None) -> list[Projection]:
 
 
 def _of_ffn(spec: Any, D: int) -> list[Projection]:
-    if spec.kind == "moe":  # those of shared experts; banks of experts have none of their own
+    if spec.kind in ("moe", "gshard"):  # those of shared experts; banks of experts have none of their own
         F = spec.shared * _moe_hidden(spec, D)
         return [(D, F, "up"), (F, D, "down"), *([(D, F, "gate")] if spec.gated else [])] if F else []
     if spec.kind == "multiway":  # banks
@@ -182,8 +188,9 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("ffn", "geglu"): _gated,
     ("ffn", "reglu"): _gated,
     ("ffn", "moe"): _moe,
+    ("ffn", "gshard"): _gshard,
     ("ffn", "multiway"): lambda spec, D, V: spec.modalities * _mlp(spec, D, V),
-    **{("router", kind): _router for kind in ("topk", "sigmoid_bias", "cosine", "hash", "stable")},
+    **{("router", kind): _router for kind in ("topk", "sigmoid_bias", "cosine", "hash", "stable", "gshard")},
     # what a kind adds to the matrices of projections
     ("linear", "dense"): lambda spec, projections: 0,
     ("linear", "lora"): lambda spec, projections: sum(
@@ -269,6 +276,7 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     projections = attentions * of_attention(layer.attention, D, None) + ffns * _of_ffn(layer.ffn, D)
     written = [inputs for inputs, _, role in projections if role in ("out", "down")]
     written += [_moe_hidden(layer.ffn, D)] * ffns if layer.ffn.kind == "moe" else []  # one for all chosen experts
+    written += [_moe_hidden(layer.ffn, D)] * ffns * layer.ffn.experts if layer.ffn.kind == "gshard" else []
     written += [layer.ffn.hidden or 4 * D] * ffns if layer.ffn.kind == "multiway" else []
     total += sum(inside * of(layer.norm)(layer.norm, inputs) for inputs in written)
     projections += crosses * of_attention(layer.attention, D, D)

@@ -601,7 +601,9 @@ def chosen_by_hand(spec: Any, module: Any, x: np.ndarray, id: int) -> dict[int, 
         z = score / np.exp(state["log_temperature"])
         gate = sigmoid(z) if router.gating == "sigmoid" else np.exp(z) / np.exp(z).sum()
     else:
-        z = state["weight"] @ x
+        z = state["weight"] @ x if router.kind != "gshard" or router.rank is None else np.array(
+            [e @ (state["down"] @ x) / math.sqrt(e @ e) for e in state["weight"]]
+        )
         gate = sigmoid(z) if router.kind == "sigmoid_bias" else np.exp(z) / np.exp(z).sum()
         score = gate + state.get("bias", 0)
     G = router.groups
@@ -627,6 +629,29 @@ def experts_agree(fields: dict[str, Any], training: bool = True) -> None:
 def _() -> None:
     for fields in layouts().values():
         experts_agree(fields)
+
+
+@oracle("ffn", "gshard")
+def _() -> None:
+    site = Site(width=32, residual_spec=resolve("residual", "subln")(), norm_spec=resolve("norm", "layernorm")())
+    spec = resolve("ffn", "gshard")(experts=3, hidden=20, activation="relu", renormalise=True)
+    m = ready(spec.build(site))
+    x = drawn(2, 9, 32)
+    w1, w2 = m.up.weight.view(3, 20, 32), m.down.weight.view(3, 32, 20)
+    b1, b2, gain, bias = (
+        each.weight.view(3, -1) for each in (m.up_bias, m.down_bias, m.inner_gain, m.inner_bias)
+    )
+
+    def network(e: int, v: torch.Tensor) -> torch.Tensor:
+        h = (w1[e] @ v + b1[e]).relu()
+        h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-5).sqrt() * gain[e] + bias[e]
+        return w2[e] @ h + b2[e]
+
+    hand = []
+    for v in x.flatten(0, 1):
+        gates, experts = (m.router.weight @ v).softmax(0).topk(2)
+        hand.append(sum(g / gates.sum() * network(int(e), v) for g, e in zip(gates, experts, strict=True)))
+    same(m(x)[0].flatten(0, 1), torch.stack(hand))
 
 
 @oracle("ffn", "multiway")

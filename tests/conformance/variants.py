@@ -73,6 +73,11 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("ffn", "reglu"): {"squared": {"activation": "relu2", "bias": True, "hidden": 40}},
     ("ffn", "multiway"): {"biases": {"modalities": 3, "hidden": 20, "bias": True, "activation": "relu"}},
     ("ffn", "moe"): {"default": {"experts": 4, "hidden": 12}},
+    ("ffn", "gshard"): {
+        "default": {"experts": 4, "hidden": 12},
+        "full": {"experts": 3, "hidden": 8, "gated": True, "bias": False, "renormalise": True, "capacity": 1.0},
+    },
+    ("router", "gshard"): {"rank": {"rank": 3, "second": "sampling", "normalise": True}},
     ("router", "topk"): {
         "groups": {"groups": 2, "keep_groups": 1, "normalise": True, "group_balance": 0.1, "sequence_balance": 0.1},
     },
