@@ -602,7 +602,7 @@ def chosen_by_hand(spec: Any, module: Any, x: np.ndarray, id: int) -> dict[int, 
         gate = sigmoid(z) if router.gating == "sigmoid" else np.exp(z) / np.exp(z).sum()
     else:
         z = state["weight"] @ x if router.kind != "gshard" or router.rank is None else np.array(
-            [e @ (state["down"] @ x) / math.sqrt(e @ e) for e in state["weight"]]
+            [e @ (state["down"] @ x) / math.sqrt(e @ e) for e in state["vectors"]]
         )
         gate = sigmoid(z) if router.kind == "sigmoid_bias" else np.exp(z) / np.exp(z).sum()
         score = gate + state.get("bias", 0)

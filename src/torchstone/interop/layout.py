@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from torchstone.errors import TorchstoneError, nearest
-from torchstone.model.linear import LinearBank
 from torchstone.model.stack import LayerSpec
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
@@ -416,7 +415,7 @@ class Layout:
         steps = []
         for name, tensor in tensors_of(model).items():
             holder: Any = model.get_submodule(name.rpartition(".")[0])
-            count = holder.count if isinstance(holder, LinearBank) else None
+            count = getattr(holder, "count", None)  # of a bank of projections, or of vectors
             found = next(((rule, theirs) for rule in rules if (theirs := rule.match(name, count))), None)
             if found is None:
                 raise TorchstoneError(f"the {self.model_type} layout has no place for the parameter {name}")

@@ -31,6 +31,7 @@ __all__ = [
     "TABLE",
     "attention",
     "check_options",
+    "experts",
     "ffn",
     "head",
     "norm",
@@ -50,6 +51,10 @@ Side = Literal["encoder", "decoder"]
 
 _UNUSED = 2
 """Rows of a table of positions before that of the first token, as fairseq has them."""
+RANK = 16
+"""Dimensions of the space of `use_xmoe`."""
+POLICIES = {"random": "random", "sampling": "sampling", "all": "always"}
+"""Their name -> ours."""
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 """Their name -> ours."""
 
@@ -95,7 +100,6 @@ def check_options(config: Config, known: frozenset[str]) -> None:
                 f"{config.model_type} config: there is no option {key!r}{nearest(key, known | RUN_OPTIONS)}"
             )
     config.only("multiway", False)
-    config.only("moe_freq", 0)
 
 
 def read_dropout(config: Config) -> float:
@@ -163,6 +167,40 @@ def ffn(config: Config, side: Side) -> dict[str, Any]:
     """The feed-forward network of one side."""
     activation = config.choose("activation_fn", ACTIVATIONS, "gelu")
     return {"kind": "mlp", "hidden": config.get(f"{side}_ffn_embed_dim", 3072), "activation": activation, "bias": True}
+
+
+def experts(config: Config, side: Side) -> list[dict[str, Any]]:
+    """The patch of one side that puts experts in every so many layers.
+
+    Raises:
+        TorchstoneError: a policy or a capacity that the backbone has not.
+    """
+    every = config.get("moe_freq", 0)
+    if not every:
+        return []
+    both, xmoe = not config.get("moe_top1_expert", False), config.get("use_xmoe", False)
+    share = config.get("moe_eval_capacity_token_fraction", 0.25)
+    if share <= 0:
+        raise TorchstoneError(
+            f"{config.model_type} config: moe_eval_capacity_token_fraction {share!r} is not supported; supported: above 0"
+        )
+    early = xmoe or config.get("moe_normalize_gate_prob_before_dropping", False)
+    policy = "random" if xmoe else config.choose("moe_second_expert_policy", POLICIES, "random")
+    network = ffn(config, side)
+    router = {"kind": "gshard", "second": policy, "normalise": both and early, "rank": RANK if xmoe else None}
+    own = {
+        **network,
+        "kind": "gshard",
+        "experts": config.need("moe_expert_count"),
+        "active": 2 if both else 1,
+        "gated": False,
+        "capacity": 1.0,
+        "eval_capacity": None if share >= 1 else share,
+        "renormalise": both and not early,
+        "router": router,
+    }
+    at = list(range(every - 1, config.get(f"{side}_layers", 12), every))
+    return [{"at": at, "ffn": own}] if at else []
 
 
 def attention(config: Config, side: Side) -> dict[str, Any]:
@@ -264,6 +302,7 @@ def shared(config: Config, side: Side, eps: float = 1e-5) -> dict[str, Any]:
         "causal": side == "decoder",
         "width": config.get(f"{side}_embed_dim", 768),
         "depth": config.get(f"{side}_layers", 12),
+        "layers": experts(config, side),
         "dropout": read_dropout(config),
         "drop_path": config.get("drop_path_rate", 0.0),
         "embedding": {"kind": "token", "scale": not config.get("no_scale_embedding", True)},
@@ -287,9 +326,27 @@ def side_config(model: Model, side: Side) -> dict[str, Any]:
     }
 
 
+def _experts_config(layers: Sequence[Any]) -> dict[str, Any]:
+    """The options of experts, of a side's layers."""
+    at = [number for number, layer in enumerate(layers) if layer.ffn.kind == "gshard"]
+    if not at:
+        return {"moe_freq": 0}
+    own = layers[at[0]].ffn
+    return {
+        "moe_freq": at[0] + 1,
+        "moe_top1_expert": own.active == 1,
+        "moe_expert_count": own.experts,
+        "moe_eval_capacity_token_fraction": own.eval_capacity or 1.0,
+        "moe_second_expert_policy": next(name for name, ours in POLICIES.items() if ours == own.router.second),
+        "moe_normalize_gate_prob_before_dropping": own.router.normalise,
+        "use_xmoe": own.router.rank == RANK,
+    }
+
+
 def shared_config(model: Model, side: Side) -> dict[str, Any]:
     """The options that both sides have."""
-    layer: Any = (model.encoder if side == "encoder" else model.decoder)[0]
+    layers: tuple[Any, ...] = model.encoder if side == "encoder" else model.decoder
+    layer = layers[0]
     embedding: Any = model.spec.embedding
     place: Any = layer.position
     t5 = place.kind == "t5"
@@ -310,6 +367,7 @@ def shared_config(model: Model, side: Side) -> dict[str, Any]:
         "max_rel_pos": place.far if t5 else 0,
         "xpos_rel_pos": place.kind == "xpos",
         "xpos_scale_base": place.scale_base if place.kind == "xpos" else 512,
+        **_experts_config(layers),
     }
 
 
@@ -347,7 +405,8 @@ TABLE = _After()
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("softmax", "dilated"),
     "position": ("none", "learned", "t5", "xpos"),
-    "ffn": ("mlp",),
+    "ffn": ("mlp", "gshard"),
+    "router": ("gshard",),
     "residual": ("subln", "deepnorm", "pre", "post", "weighted"),
     "norm": ("layernorm",),
 }
@@ -377,6 +436,20 @@ def rules(side: Side, at: str = "") -> tuple[Rule, ...]:
         Rule(f"{ours}.ffn.down.{{p}}", f"{layer}.ffn.fc2.{{p}}"),
         Rule(f"{ours}.ffn_residual.norm.{{p}}", f"{layer}.final_layer_norm.{{p}}"),
         Rule(f"{side}.norm.{{p}}", f"{at}layer_norm.{{p}}"),
+        Rule(f"{ours}.ffn.router.weight", f"{layer}.moe_layer.gate.wg.weight"),
+        Rule(f"{ours}.ffn.router.down", f"{layer}.moe_layer.gate.wg_reduction.weight"),
+        Rule(f"{ours}.ffn.router.vectors", f"{layer}.moe_layer.gate.wg"),
+        *(
+            Rule(f"{ours}.ffn.{name}.weight", f"{layer}.moe_layer.experts.{{e}}.{theirs}")
+            for name, theirs in (
+                ("up", "fc1.weight"),
+                ("up_bias", "fc1.bias"),
+                ("inner_gain", "ffn_layernorm.weight"),
+                ("inner_bias", "ffn_layernorm.bias"),
+                ("down", "fc2.weight"),
+                ("down_bias", "fc2.bias"),
+            )
+        ),
     )
 
 

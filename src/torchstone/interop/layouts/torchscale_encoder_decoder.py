@@ -18,6 +18,7 @@ from torchstone.interop.layouts._torchscale import (
     SKIPPED,
     attention,
     check_options,
+    experts,
     ffn,
     head,
     norm,
@@ -62,6 +63,7 @@ def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
         )
     encoder = {
         "depth": config.get("encoder_layers", 12),
+        "layers": experts(config, "encoder"),
         "attention": attention(config, "encoder"),
         "ffn": ffn(config, "encoder"),
         "residual": theirs,

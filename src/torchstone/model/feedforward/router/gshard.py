@@ -59,22 +59,24 @@ class GShardRouter(ScoredRouter):
     def __init__(self, spec: GShardRouterSpec, site: Site, experts: int, active: int) -> None:
         super().__init__(spec, experts, active)
         self.spec, self.init = spec, site.init
-        C = spec.rank or site.width
-        self.down = nn.Parameter(torch.empty(C, site.width)) if spec.rank else None
-        self.weight = nn.Parameter(torch.empty(experts, C))
+        if spec.rank is None:
+            self.weight = nn.Parameter(torch.empty(experts, site.width))
+        else:
+            self.down = nn.Parameter(torch.empty(spec.rank, site.width))
+            self.vectors = nn.Parameter(torch.empty(experts, spec.rank))
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-        if name == "weight" and self.down is not None:
+        if name == "vectors":
             nn.init.orthogonal_(parameter, gain=0.32, generator=generator)
         else:
             self.init(parameter, "router", generator)
 
     def score(self, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
-        weight_EC = self.weight.to(x_BTD.dtype)
-        if self.down is None:
-            return F.linear(x_BTD, weight_EC).softmax(-1)
-        p_BTC = F.linear(x_BTD, self.down.to(x_BTD.dtype))
-        return F.linear(p_BTC, F.normalize(weight_EC, dim=-1, eps=1e-4)).softmax(-1)
+        dtype = x_BTD.dtype
+        if self.spec.rank is None:
+            return F.linear(x_BTD, self.weight.to(dtype)).softmax(-1)
+        e_EC = F.normalize(self.vectors.to(dtype), dim=-1, eps=1e-4)
+        return F.linear(F.linear(x_BTD, self.down.to(dtype)), e_EC).softmax(-1)
 
     def select(self, scores_BTE: torch.Tensor, ctx: Context) -> torch.Tensor:
         if self.K == 1 or self.spec.second != "sampling" or ctx.key is None:
