@@ -601,8 +601,10 @@ def chosen_by_hand(spec: Any, module: Any, x: np.ndarray, id: int) -> dict[int, 
         z = score / np.exp(state["log_temperature"])
         gate = sigmoid(z) if router.gating == "sigmoid" else np.exp(z) / np.exp(z).sum()
     else:
-        z = state["weight"] @ x if router.kind != "gshard" or router.rank is None else np.array(
-            [e @ (state["down"] @ x) / math.sqrt(e @ e) for e in state["vectors"]]
+        z = (
+            state["weight"] @ x
+            if router.kind != "gshard" or router.rank is None
+            else np.array([e @ (state["down"] @ x) / math.sqrt(e @ e) for e in state["vectors"]])
         )
         gate = sigmoid(z) if router.kind == "sigmoid_bias" else np.exp(z) / np.exp(z).sum()
         score = gate + state.get("bias", 0)
@@ -638,9 +640,7 @@ def _() -> None:
     m = ready(spec.build(site))
     x = drawn(2, 9, 32)
     w1, w2 = m.up.weight.view(3, 20, 32), m.down.weight.view(3, 32, 20)
-    b1, b2, gain, bias = (
-        each.weight.view(3, -1) for each in (m.up_bias, m.down_bias, m.inner_gain, m.inner_bias)
-    )
+    b1, b2, gain, bias = (each.weight.view(3, -1) for each in (m.up_bias, m.down_bias, m.inner_gain, m.inner_bias))
 
     def network(e: int, v: torch.Tensor) -> torch.Tensor:
         h = (w1[e] @ v + b1[e]).relu()

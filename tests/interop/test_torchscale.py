@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,21 @@ def side_names(names: Names, side: str, config: dict[str, Any], at: str, cross: 
             names.norm(f"{layer}.{attention}_layer_norm", D)
         if subln:
             names.norm(f"{layer}.self_attn.inner_attn_ln", D)
-            names.norm(f"{layer}.ffn.ffn_layernorm", FF)
-        names.matrix(f"{layer}.ffn.fc1", FF, D)
-        names.matrix(f"{layer}.ffn.fc2", D, FF)
+        every, networks = config.get("moe_freq", 0), [f"{layer}.ffn"]
+        if every and (i + 1) % every == 0:
+            E, gate = config["moe_expert_count"], f"{layer}.moe_layer.gate"
+            networks = [f"{layer}.moe_layer.experts.{e}" for e in range(E)]
+            if config.get("use_xmoe"):
+                names.matrix(f"{gate}.wg_reduction", 16, D, bias=False)
+                names.matrix(f"{gate}.wg", E, 16, bias=False)
+                names.tensors[f"{gate}.wg"] = names.tensors.pop(f"{gate}.wg.weight")
+            else:
+                names.matrix(f"{gate}.wg", E, D, bias=False)
+        for network in networks:
+            names.matrix(f"{network}.fc1", FF, D)
+            names.matrix(f"{network}.fc2", D, FF)
+            if subln:
+                names.norm(f"{network}.ffn_layernorm", FF)
         names.norm(f"{layer}.final_layer_norm", D)
     if before(config, side):
         names.norm(f"{at}layer_norm", D)
@@ -124,9 +137,7 @@ def rms(x: torch.Tensor, gain: torch.Tensor | float, eps: float) -> torch.Tensor
 def turned(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Channels (2i, 2i + 1) turned by the angle of pair i."""
     even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack(
-        [even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1
-    ).flatten(-2)
+    return torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1).flatten(-2)
 
 
 def xpos_scores(q: torch.Tensor, k: torch.Tensor, base: float) -> torch.Tensor:
@@ -176,6 +187,35 @@ def attended(
     return linear(y, t, f"{name}.out_proj")
 
 
+def mixed(h: torch.Tensor, t: Tensors, name: str, config: dict[str, Any], network: Any) -> torch.Tensor:
+    """A layer of experts, token by token: all first choices find their place before any second one, in the order of
+    columns and then of rows."""
+    both, E = not config.get("moe_top1_expert", False), config["moe_expert_count"]
+    if config.get("use_xmoe"):
+        vectors = t[f"{name}.gate.wg"]
+        scores = h @ t[f"{name}.gate.wg_reduction.weight"].T @ (vectors / vectors.norm(dim=1, keepdim=True)).T
+    else:
+        scores = h @ t[f"{name}.gate.wg.weight"].T
+    gates, experts = scores.softmax(-1).topk(2 if both else 1)
+    early = both and (config.get("use_xmoe") or config.get("moe_normalize_gate_prob_before_dropping", False))
+    gates = gates / gates.sum(-1, keepdim=True) if early else gates.clone()
+    room = math.ceil(config.get("moe_eval_capacity_token_fraction", 0.25) * h[..., 0].numel())
+    taken = [0] * E
+    for k in range(gates.shape[-1]):
+        for column in range(h.shape[1]):
+            for row in range(h.shape[0]):
+                e = int(experts[row, column, k])
+                gates[row, column, k] *= taken[e] < room
+                taken[e] += 1
+    if both and not early:
+        gates = gates / gates.sum(-1, keepdim=True).clamp(min=1e-7)
+    y = torch.zeros_like(h)
+    for e in range(E):
+        share = torch.where(experts == e, gates, 0.0).sum(-1, keepdim=True)
+        y = y + share * network(h, f"{name}.experts.{e}")
+    return y
+
+
 def run_side(
     t: Tensors,
     side: str,
@@ -218,11 +258,16 @@ def run_side(
                 lambda h: attended(t, f"{layer}.encoder_attn", h, memory, everything, config, None),
             )
 
+        def network(h: torch.Tensor, name: str) -> torch.Tensor:
+            h = act(linear(h, t, f"{name}.fc1"))
+            if f"{name}.ffn_layernorm.weight" in t:
+                h = normed(h, t, f"{name}.ffn_layernorm", eps)
+            return linear(h, t, f"{name}.fc2")
+
         def fed(h: torch.Tensor) -> torch.Tensor:
-            h = act(linear(h, t, f"{layer}.ffn.fc1"))
-            if f"{layer}.ffn.ffn_layernorm.weight" in t:
-                h = normed(h, t, f"{layer}.ffn.ffn_layernorm", eps)
-            return linear(h, t, f"{layer}.ffn.fc2")
+            if f"{layer}.ffn.fc1.weight" in t:
+                return network(h, f"{layer}.ffn")
+            return mixed(h, t, f"{layer}.moe_layer", config, network)
 
         x = around(x, f"{layer}.final_layer_norm", fed)
     return normed(x, t, f"{at}layer_norm", eps) if pre else x
@@ -265,7 +310,9 @@ def run_retnet(t: Tensors, config: dict[str, Any], ids: torch.Tensor) -> torch.T
             x,
             f"layers.{i}.final_layer_norm",
             lambda h: linear(
-                act(linear(h, t, f"layers.{i}.ffn.fc1")) * linear(h, t, f"layers.{i}.ffn.gate"), t, f"layers.{i}.ffn.fc2"
+                act(linear(h, t, f"layers.{i}.ffn.fc1")) * linear(h, t, f"layers.{i}.ffn.gate"),
+                t,
+                f"layers.{i}.ffn.fc2",
             ),
         )
     x = rms(x, t["layer_norm.weight"], eps) if pre else x
@@ -321,7 +368,14 @@ COMMON: dict[str, dict[str, Any]] = {
     "embedding": {"no_scale_embedding": False, "layernorm_embedding": True, "layernorm_eps": 1e-3},
     "table": {"table": True, "activation_fn": "relu"},
     "swish": {"activation_fn": "swish"},
+    "top-2": {"moe_freq": 2, "moe_expert_count": 4, "moe_second_expert_policy": "all"},
+    "top-1": {"moe_freq": 1, "moe_expert_count": 3, "moe_top1_expert": True, "subln": False},
+    "x-moe": {
+        **{"moe_freq": 3, "moe_expert_count": 4, "use_xmoe": True, "moe_top1_expert": True},
+        **{"moe_eval_capacity_token_fraction": 1.0},
+    },
 }
+EARLY = {"moe_normalize_gate_prob_before_dropping": True, "moe_second_expert_policy": "all"}
 STACKS = {
     "decoder": {
         **COMMON,
@@ -329,6 +383,7 @@ STACKS = {
         "deepnorm in post-norm": {"deepnorm": True, "decoder_normalize_before": False},
         "xpos": {"xpos_rel_pos": True, "xpos_scale_base": 8},
         "tied": {"share_decoder_input_output_embed": True},
+        "normalised early": {**COMMON["top-2"], **EARLY},
     },
     "encoder": {
         **COMMON,
@@ -344,7 +399,7 @@ def test_an_encoder_or_a_decoder_gives_what_the_formulas_give(side: Any, case: s
     config = {**sizes(side), **STACKS[side][case]}
     tensors = one_stack(side, config)
     model = from_torchscale(side, asked(config), tensors)
-    valid = VALID if side == "encoder" else None
+    valid = VALID if side == "encoder" and "moe_freq" not in config else None
     hidden = run_side(tensors, side, config, IDS, valid=valid)
     wanted = linear(hidden, tensors, "output_projection")
     found = model(IDS if valid is None else Tokens.of(IDS, valid=valid)).logits
@@ -467,7 +522,9 @@ def test_a_retnet_and_an_encoder_decoder_are_written_again() -> None:
     written = layout.to_config(spec)
     assert {key: written[key] for key in config} == config
     shapes = dict(layout.write(spec, {n: p.detach() for n, p in spec.build().state_dict().items()}.__getitem__))
-    copies = [f"{name}.weight" for name in ("decoder.embed_tokens", "decoder.output_projection", "encoder.embed_tokens")]
+    copies = [
+        f"{name}.weight" for name in ("decoder.embed_tokens", "decoder.output_projection", "encoder.embed_tokens")
+    ]
     assert [name for name in sorted(shapes) if "embed_tokens" in name or "output" in name] == copies
 
 
@@ -484,7 +541,12 @@ def test_a_retnet_and_an_encoder_decoder_are_written_again() -> None:
         ("decoder", {"decoder_normalize_before": False},
          "decoder_normalize_before False with subln True is not supported; supported: one of them"),
         ("decoder", {"multiway": True}, "multiway True is not supported; supported: False"),
-        ("encoder", {"moe_freq": 2}, "moe_freq 2 is not supported; supported: 0"),
+        ("encoder", {"moe_freq": 2}, "moe_expert_count is required"),
+        ("decoder", {"moe_freq": 2, "moe_expert_count": 4, "moe_second_expert_policy": "none"},
+         "moe_second_expert_policy 'none' is not supported; supported: random, sampling, all"),
+        ("decoder", {"moe_freq": 2, "moe_expert_count": 4, "moe_eval_capacity_token_fraction": -1.0},
+         "moe_eval_capacity_token_fraction -1.0 is not supported; supported: above 0"),
+        ("retnet", {"moe_freq": 2}, "moe_freq 2 is not supported; supported: 0"),
         ("encoder", {"xpos_rel_pos": True}, "xpos_rel_pos True is not supported; supported: False"),
         ("encoder", {"normalize_output": False}, "normalize_output False is not supported; supported: True"),
         ("encoder", {"rel_pos_buckets": 12, "max_rel_pos": 9},
@@ -584,6 +646,18 @@ def torchscale() -> Any:
     return torchscale
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """TorchScale's experts want a process group, and count choices by a histogram of whole numbers, which torch has
+    for no CPU."""
+    histc, file = torch.histc, tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    torch.histc = lambda x, **more: histc(x.float(), **more)  # type: ignore[method-assign]
+    yield
+    torch.histc = histc  # type: ignore[method-assign]
+    torch.distributed.destroy_process_group()
+
+
 def shaken(module: Any) -> Any:
     generator = Key(1).generator()
     with torch.no_grad():
@@ -595,18 +669,25 @@ def shaken(module: Any) -> Any:
 
 @pytest.mark.parametrize(("side", "case"), [(side, case) for side in STACKS for case in STACKS[side]])
 @torch.no_grad()
-def test_an_encoder_or_a_decoder_gives_what_torchscale_gives(side: Any, case: str) -> None:
+def test_an_encoder_or_a_decoder_gives_what_torchscale_gives(
+    side: Any, case: str, request: pytest.FixtureRequest
+) -> None:
     library = torchscale()
     architecture, parts = library.architecture, library.component.embedding
     config = {**sizes(side), **STACKS[side][case]}
     made: Any = {"encoder": architecture.encoder, "decoder": architecture.decoder}[side]
     values = getattr(architecture.config, f"{side.capitalize()}Config")(**asked(config))
+    if "moe_freq" in config:
+        request.getfixturevalue("one_process")
     values.encoder_embedding_type = "language"  # which its encoder asks for where the matrix is tied
     table = parts.PositionalEmbedding(ROWS, D) if config.get("table") else None
     theirs = shaken(getattr(made, side.capitalize())(values, parts.TextEmbedding(V, D), table))
     ours = from_torchscale(side, asked(config), theirs.state_dict())
-    if side == "decoder":
-        same(ours(IDS).logits, theirs(IDS)[0])
+    if side == "decoder":  # its experts take rows in turn where ours take columns
+        ids = IDS[:1] if "moe_freq" in config else IDS
+        same(ours(ids).logits, theirs(ids)[0])
+    elif "moe_freq" in config:  # its experts take padding too
+        same(ours(IDS).logits, theirs(IDS)["encoder_out"])
     else:
         found = ours(Tokens.of(IDS, valid=VALID)).logits
         same(found[VALID], theirs(IDS, encoder_padding_mask=~VALID)["encoder_out"][VALID])
@@ -620,7 +701,9 @@ def test_an_encoder_decoder_gives_what_torchscale_gives(case: dict[str, Any]) ->
     config = {**sizes("encoder", "decoder"), "share_all_embeddings": True, **case}
     values = library.architecture.config.EncoderDecoderConfig(**asked(config))
     source, target = (parts.PositionalEmbedding(ROWS, D) if config.get("table") else None for _ in range(2))
-    theirs = library.architecture.encoder_decoder.EncoderDecoder(values, parts.TextEmbedding(V, D), source, None, target)
+    theirs = library.architecture.encoder_decoder.EncoderDecoder(
+        values, parts.TextEmbedding(V, D), source, None, target
+    )
     shaken(theirs)
     ours = from_torchscale("encoder-decoder", asked(config), theirs.state_dict())
     same(ours(IDS, memory=SOURCE).logits, theirs(SOURCE, IDS)[0])
@@ -632,8 +715,6 @@ def test_a_retnet_gives_what_torchscale_gives(case: dict[str, Any]) -> None:
     library = torchscale()
     config = {**RETNET, **case}
     values = library.architecture.config.RetNetConfig(**config)
-    theirs = shaken(
-        library.architecture.retnet.RetNetDecoder(values, library.component.embedding.TextEmbedding(V, D))
-    )
+    theirs = shaken(library.architecture.retnet.RetNetDecoder(values, library.component.embedding.TextEmbedding(V, D)))
     ours = from_torchscale("retnet", config, theirs.state_dict())
     same(ours(IDS).logits, theirs(IDS)[0])

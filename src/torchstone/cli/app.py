@@ -298,7 +298,8 @@ def reproduce(
 @app.command("import")
 def import_(
     source: Annotated[
-        str, typer.Argument(help="A folder with config.json and safetensors, an id on the hub, or a file of torch.save.")
+        str,
+        typer.Argument(help="A folder with config.json and safetensors, an id on the hub, or a file of torch.save."),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="The run directory.")] = None,
     layout: Annotated[str | None, typer.Option(help="Layout of a file (torchscale-decoder, ...).")] = None,

@@ -40,7 +40,9 @@ _OPTIONS = OPTIONS | sided("encoder") | sided("decoder") | {*_SHARED, "normalize
 def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
     check_options(config, _OPTIONS)
     if not config.get("share_all_embeddings", False):
-        raise TorchstoneError(f"{config.model_type} config: share_all_embeddings False is not supported; supported: True")
+        raise TorchstoneError(
+            f"{config.model_type} config: share_all_embeddings False is not supported; supported: True"
+        )
     config.only("layernorm_embedding", False)
     for key, value in (("rel_pos_buckets", 0), ("max_rel_pos", 0), ("xpos_rel_pos", False)):
         config.only(key, value)
