@@ -245,31 +245,25 @@ def run_side(
         y = alpha * x + sublayer(normed(x, t, name, eps) if pre else x)
         return y if pre else normed(y, t, name, eps)
 
-    for i in range(L):
-        layer = f"{at}layers.{i}"
-        x = around(
-            x, f"{layer}.self_attn_layer_norm", lambda h: attended(t, f"{layer}.self_attn", h, h, seen, config, bias)
-        )
+    def network(h: torch.Tensor, name: str) -> torch.Tensor:
+        h = act(linear(h, t, f"{name}.fc1"))
+        if f"{name}.ffn_layernorm.weight" in t:
+            h = normed(h, t, f"{name}.ffn_layernorm", eps)
+        return linear(h, t, f"{name}.fc2")
+
+    def through(x: torch.Tensor, layer: str) -> torch.Tensor:
+        own, cross = f"{layer}.self_attn", f"{layer}.encoder_attn"
+        x = around(x, f"{own}_layer_norm", lambda h: attended(t, own, h, h, seen, config, bias))
         if memory is not None:
             everything = torch.ones(1, ids.shape[1], memory.shape[1], dtype=torch.bool)
-            x = around(
-                x,
-                f"{layer}.encoder_attn_layer_norm",
-                lambda h: attended(t, f"{layer}.encoder_attn", h, memory, everything, config, None),
-            )
+            x = around(x, f"{cross}_layer_norm", lambda h: attended(t, cross, h, memory, everything, config, None))
+        if f"{layer}.ffn.fc1.weight" in t:
+            return around(x, f"{layer}.final_layer_norm", lambda h: network(h, f"{layer}.ffn"))
+        name = f"{layer}.moe_layer"
+        return around(x, f"{layer}.final_layer_norm", lambda h: mixed(h, t, name, config, network))
 
-        def network(h: torch.Tensor, name: str) -> torch.Tensor:
-            h = act(linear(h, t, f"{name}.fc1"))
-            if f"{name}.ffn_layernorm.weight" in t:
-                h = normed(h, t, f"{name}.ffn_layernorm", eps)
-            return linear(h, t, f"{name}.fc2")
-
-        def fed(h: torch.Tensor) -> torch.Tensor:
-            if f"{layer}.ffn.fc1.weight" in t:
-                return network(h, f"{layer}.ffn")
-            return mixed(h, t, f"{layer}.moe_layer", config, network)
-
-        x = around(x, f"{layer}.final_layer_norm", fed)
+    for i in range(L):
+        x = through(x, f"{at}layers.{i}")
     return normed(x, t, f"{at}layer_norm", eps) if pre else x
 
 
@@ -294,27 +288,23 @@ def run_retnet(t: Tensors, config: dict[str, Any], ids: torch.Tensor) -> torch.T
         y = alpha * x + sublayer(rms(x, t[f"{name}.weight"], eps) if pre else x)
         return y if pre else rms(y, t[f"{name}.weight"], eps)
 
+    def retained(h: torch.Tensor, name: str) -> torch.Tensor:
+        q, k, v, g = (linear(h, t, f"{name}.{part}_proj") for part in "qkvg")
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+        scores = turned(q, angle) @ turned(k, angle).transpose(-1, -2) * (D // heads) ** -0.5 * fade
+        scores = scores / scores.abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
+        y = rms(scores @ v, 1.0, eps).transpose(1, 2).flatten(-2)
+        return linear(F.silu(g) * y, t, f"{name}.out_proj")
+
+    def fed(h: torch.Tensor, name: str) -> torch.Tensor:
+        return linear(act(linear(h, t, f"{name}.fc1")) * linear(h, t, f"{name}.gate"), t, f"{name}.fc2")
+
+    def through(x: torch.Tensor, layer: str) -> torch.Tensor:
+        x = around(x, f"{layer}.retention_layer_norm", lambda h: retained(h, f"{layer}.retention"))
+        return around(x, f"{layer}.final_layer_norm", lambda h: fed(h, f"{layer}.ffn"))
+
     for i in range(L):
-
-        def retained(h: torch.Tensor) -> torch.Tensor:
-            name = f"layers.{i}.retention"
-            q, k, v, g = (linear(h, t, f"{name}.{part}_proj") for part in "qkvg")
-            q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-            scores = turned(q, angle) @ turned(k, angle).transpose(-1, -2) * (D // heads) ** -0.5 * fade
-            scores = scores / scores.abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
-            y = rms(scores @ v, 1.0, eps).transpose(1, 2).flatten(-2)
-            return linear(F.silu(g) * y, t, f"{name}.out_proj")
-
-        x = around(x, f"layers.{i}.retention_layer_norm", retained)
-        x = around(
-            x,
-            f"layers.{i}.final_layer_norm",
-            lambda h: linear(
-                act(linear(h, t, f"layers.{i}.ffn.fc1")) * linear(h, t, f"layers.{i}.ffn.gate"),
-                t,
-                f"layers.{i}.ffn.fc2",
-            ),
-        )
+        x = through(x, f"layers.{i}")
     x = rms(x, t["layer_norm.weight"], eps) if pre else x
     return linear(x, t, "output_projection")
 
@@ -640,7 +630,7 @@ def torchscale() -> Any:
         import torchscale.architecture.decoder
         import torchscale.architecture.encoder_decoder
         import torchscale.architecture.retnet
-        import torchscale.component.embedding  # noqa: F401
+        import torchscale.component.embedding
     except ImportError as error:
         pytest.skip(f"torchscale cannot be imported ({error})")
     return torchscale

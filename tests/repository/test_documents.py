@@ -188,6 +188,7 @@ LONG = {
     "recipes.md",
     "reproduce.md",
     "structured-prompting.md",
+    "torchscale.md",
 }
 """Documents whose blocks take more than some seconds each."""
 

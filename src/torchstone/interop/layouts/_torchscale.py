@@ -182,7 +182,8 @@ def experts(config: Config, side: Side) -> list[dict[str, Any]]:
     share = config.get("moe_eval_capacity_token_fraction", 0.25)
     if share <= 0:
         raise TorchstoneError(
-            f"{config.model_type} config: moe_eval_capacity_token_fraction {share!r} is not supported; supported: above 0"
+            f"{config.model_type} config: moe_eval_capacity_token_fraction {share!r} is not supported; "
+            "supported: above 0"
         )
     early = xmoe or config.get("moe_normalize_gate_prob_before_dropping", False)
     policy = "random" if xmoe else config.choose("moe_second_expert_policy", POLICIES, "random")
