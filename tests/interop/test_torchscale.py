@@ -708,3 +708,29 @@ def test_a_retnet_gives_what_torchscale_gives(case: dict[str, Any]) -> None:
     theirs = shaken(library.architecture.retnet.RetNetDecoder(values, library.component.embedding.TextEmbedding(V, D)))
     ours = from_torchscale("retnet", config, theirs.state_dict())
     same(ours(IDS).logits, theirs(IDS)[0])
+
+
+@pytest.mark.parametrize(("side", "length"), [("decoder", 13), ("decoder", 16), ("encoder", 16)])
+@torch.no_grad()
+def test_a_longnet_gives_what_torchscale_gives(side: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchscale()
+    longnet = pytest.importorskip("torchscale.model.LongNet", reason="release 0.3.0 of torchscale has no LongNet")
+    import torchscale.component.multihead_attention as attention
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a fused kernel of flash attention gives; there is none for a CPU."""
+        scores = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5
+        if more[-1]:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+    monkeypatch.setattr(attention, "flash_attn_func", plain)
+    library, name = torchscale(), f"LongNet{side.capitalize()}"
+    patterns = {"flash_attention": True, "segment_length": "[4, 8, 16]", "dilated_ratio": "[1, 2, 4]"}
+    config = {**sizes(side), **patterns}
+    values = getattr(library.architecture.config, f"{side.capitalize()}Config")(**config)
+    theirs = shaken(getattr(longnet, name)(values, library.component.embedding.TextEmbedding(V, D)))
+    ours = from_torchscale(side, {**config, "architectures": [name]}, theirs.state_dict())
+    ids = torch.randint(V, (2, length), generator=Key(5).generator())
+    wanted = theirs(ids)
+    same(ours(ids).logits, wanted[0] if side == "decoder" else wanted["encoder_out"])
