@@ -149,7 +149,7 @@ DEPTH = Claim(
     id="six-layers-and-a-hundred",
     kind="behaviour",
     text="After 100 steps at one learning rate for all, decoders of 100 layers with Sub-LN or DeepNorm have a loss at "
-    "most 0.05 nats a byte above that of 6 layers, and with DeepNorm at least 0.15 below that of 100 layers as Post-LN.",
+    "most 0.05 nats a byte above that of 6 layers, and with DeepNorm at least 0.15 below that of 100 as Post-LN.",
     figure="the deeper, the better, and stable, where the baseline diverges; one learning rate for all depths",
     gates=(
         Effect("Sub-LN: 100 layers as good as 6", "subln_100", "subln_6", margin=-0.05, sabotage="bare_100"),
