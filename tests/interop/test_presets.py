@@ -193,6 +193,7 @@ def test_the_counts_of_experts_are_the_published_ones(name: str) -> None:
     assert (round(counts.parameters / 1e9, 1), round(met / 1e9, 1)) == (whole, active)
 
 
+@pytest.mark.slow
 def test_inspect_counts_deepseek_v3_without_its_selection_biases_and_its_prediction_module() -> None:
     found = inspect("deepseek-v3")
     assert found["parameters"] == 671_026_404_352 and found["buffers"] == 58 * 256 == 14_848

@@ -180,11 +180,13 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
 LONG = {
     "api.md",
     "bitnet.md",
+    "code.md",
     "compare.md",
     "evaluate.md",
     "getting-started.md",
     "hugging-face.md",
     "longmem.md",
+    "multi-token-prediction.md",
     "recipes.md",
     "reproduce.md",
     "structured-prompting.md",
