@@ -178,6 +178,7 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
 
 
 LONG = {
+    "add-a-part.md",
     "api.md",
     "bitnet.md",
     "code.md",

@@ -21,6 +21,7 @@ from torchstone.train.run import RunFolder
 ON = {"steps": 4, "batch": 2, "device": "cpu", "threads": 1, "save_every": 4, "compile": "on"}
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_one_line_and_trains_on(
     recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
