@@ -1,7 +1,7 @@
 """Run pieces of recorded evidence again and compare: `make evidence-check [CELLS=2]`.
 
-Of the trained cells some are drawn, and three times as many of the claims that are functions; none that takes longer
-than a minute. Of a function each gate must answer as recorded, and a number that is gated from both sides must
+Of the trained cells some are drawn, and as many of the claims that are functions; none that takes longer than two
+minutes. Of a function each gate must answer as recorded, and a number that is gated from both sides must
 agree to three digits. (What is gated from one side may be of the size of rounding, what is not gated a time.) Where
 processor, torch and threads are those of the record, a cell's losses must agree bit for bit; elsewhere its value must
 lie within 3 %.
@@ -25,7 +25,7 @@ from torchstone.papers import find_paper, slugs
 from torchstone.papers._claim import Claim, decide_claim
 from torchstone.papers._reproduce import FIRST_SEED, read_evidence, recipe_of, stale
 
-PATIENCE = 60
+PATIENCE = 120
 """Seconds beyond which nothing is run again."""
 
 
@@ -48,7 +48,7 @@ def main() -> int:
             trained = [cell for cell in record["cells"] if cell.get("recipe") and cell["status"] == "done"]
             cells += [(slug, claim, record, cell) for cell in trained if cell["seconds"] <= PATIENCE]
     draw = random.Random(options.draw)
-    some = draw.sample(functions, min(3 * options.cells, len(functions)))
+    some = draw.sample(functions, min(options.cells, len(functions)))
     drawn = draw.sample(cells, min(options.cells, len(cells)))
     wrong = sum(not numbers_agree(*piece) for piece in some) + sum(not cell_agrees(*piece) for piece in drawn)
     print(f"{len(some)} of {len(functions)} functions and {len(drawn)} of {len(cells)} cells run again, {wrong} differ")

@@ -214,6 +214,7 @@ def test_commands_change_nothing_that_they_only_read(cli: Cli, home: Path) -> No
     assert tiny.listing(home / "run") == before
 
 
+@pytest.mark.slow
 def test_inspect_takes_the_name_of_a_published_size(cli: Cli) -> None:
     said = cli("inspect", "gpt2", "--json")
     counts = json.loads(said.out)

@@ -24,10 +24,10 @@ SINGLES = [case for case in singles() if case.chosen["embedding"] == "token" and
 
 
 def usual_first(cases: list[Case]) -> list[Any]:
-    """The cases, those of variants marked slow: CI runs each kind by its defaults, and a window, but for two kinds that
-    take long."""
+    """The cases, those of variants marked slow: CI runs each kind by its defaults, and a window, but for kinds that are
+    long about it."""
     usual = {name for axis in axes() for name in ([*FORMS] if axis == "form" else kinds(axis))}
-    fast = usual - {"dilated", "fp8_block"} | {"softmax_window"}
+    fast = usual - {"dilated", "fp8_block", "hysparse", "longmem", "tim"} | {"softmax_window"}
     return [
         pytest.param(case, id=str(case), marks=() if set(case.choice) <= fast else pytest.mark.slow) for case in cases
     ]
