@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from torchstone.errors import TorchstoneError
-from torchstone.interop.layout import Config, Model
+from torchstone.interop.layout import Config, Model, Pieces
 
 __all__ = [
     "ACTIVATIONS",
     "GATES",
+    "After",
     "activation_name",
     "class_names",
     "classes",
@@ -44,6 +48,22 @@ GATES: dict[str, dict[str, Any]] = {
     "relu2": {"kind": "reglu", "activation": "relu2"},
 }
 """Their name of a gate's activation -> our gated feed-forward."""
+
+
+@dataclass(frozen=True)
+class After(Pieces):
+    """Ours is theirs without its first `rows`."""
+
+    rows: int
+
+    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return super().join(theirs)[self.rows :]
+
+    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.cat([ours.new_zeros(self.rows, *ours.shape[1:]), ours])]
+
+    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(ours[0] + self.rows, *ours[1:])]
 
 
 def activation_name(ours: str) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.interop.layout import Config, Copy, Layout, Model, Pieces, Rule, Shapes
+from torchstone.interop.layouts._shared import After
 
 __all__ = [
     "FREE",
@@ -375,19 +376,6 @@ def shared_config(model: Model, side: Side) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-class _After(Pieces):
-    """Ours is theirs without its first rows."""
-
-    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        return super().join(theirs)[_UNUSED:]
-
-    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        return [torch.cat([ours.new_zeros(_UNUSED, *ours.shape[1:]), ours])]
-
-    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-        return [(ours[0] + _UNUSED, *ours[1:])]
-
-
 class _Behind(Pieces):
     """Ours is the first half of theirs: the buckets of tokens behind. Those of tokens ahead, which a decoder never
     reads, are written as zeros."""
@@ -402,7 +390,7 @@ class _Behind(Pieces):
         return [(2 * ours[0], *ours[1:])]
 
 
-TABLE = _After()
+TABLE = After(_UNUSED)
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("softmax", "dilated"),
     "position": ("none", "learned", "t5", "xpos"),

@@ -8,13 +8,11 @@ they are left out when it is read, and are zeros when it is written. Positions c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from torchstone.interop.layout import Config, Copy, Layout, Model, Pieces, Rule, Shapes
-from torchstone.interop.layouts._shared import classes
+from torchstone.interop.layout import Config, Copy, Layout, Model, Rule, Shapes
+from torchstone.interop.layouts._shared import After, classes
 from torchstone.interop.layouts.bert import KINDS, body, body_config, rules
 
 __all__ = ["LAYOUT", "layout"]
@@ -22,19 +20,6 @@ __all__ = ["LAYOUT", "layout"]
 _PADDING = 1
 """Id of padding in every published vocabulary of this layout."""
 _UNUSED = _PADDING + 1
-
-
-class _After(Pieces):
-    """Ours is theirs without its first rows."""
-
-    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        return super().join(theirs)[_UNUSED:]
-
-    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        return [torch.cat([ours.new_zeros(_UNUSED, *ours.shape[1:]), ours])]
-
-    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-        return [(ours[0] + _UNUSED, *ours[1:])]
 
 
 def _spec(config: Config, head: str, shapes: Shapes | None) -> dict[str, Any]:
@@ -68,7 +53,7 @@ def layout(model_type: str, architectures: Mapping[str, str]) -> Layout:
         config=_config,
         rules=(
             *rules("roberta"),
-            Rule("encoder.positions.learned.weight", "roberta.embeddings.position_embeddings.weight", _After()),
+            Rule("encoder.positions.learned.weight", "roberta.embeddings.position_embeddings.weight", After(_UNUSED)),
         ),
         heads={
             "mlm": (
