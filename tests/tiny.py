@@ -116,7 +116,7 @@ def cut_after(steps: int) -> Iterator[None]:
 
 def rows_without_times(run: RunFolder) -> list[dict[str, Any]]:
     """Rows of metrics without what a clock decides."""
-    clock = ("seconds_per_step", "tokens_per_second")
+    clock = ("seconds_per_step", "tokens_per_second", "mfu")
     return [{name: value for name, value in row.items() if name not in clock} for row in run.metrics()]
 
 

@@ -195,7 +195,15 @@ def test_routers_side_by_side_in_a_layer_move_by_their_own_counts(recipe: Recipe
     assert not torch.equal(load["cut 0"], load["cut 1"])
 
 
-@pytest.mark.parametrize("fields", [BIAS, STABLE], ids=["sigmoid_bias", "stable"])
+OLD = pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    reason="torch 2.11 picks other graphs for recomputation than for the forward where a layer was compiled anew",
+)
+
+
+@pytest.mark.parametrize(
+    "fields", [pytest.param(BIAS, id="sigmoid_bias"), pytest.param(STABLE, id="stable", marks=OLD)]
+)
 def test_compiled_layers_train_alike_through_every_change(recipe: Recipe, fields: dict[str, Any]) -> None:
     torch._dynamo.reset()
     data = recipe(model=fields, trainer={"recompute": True})

@@ -113,7 +113,7 @@ class Objective(nn.Module):
         return batch
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Denominators by name, 0-dimensional: "tokens" (valid ones) and those that terms are over."""
+        """Denominators by name, 0-dimensional, on any device: "tokens" (valid ones) and those that terms are over."""
         raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:

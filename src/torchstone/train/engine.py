@@ -217,7 +217,8 @@ class Trainer:
         row = dict(zip(totals, values.tolist(), strict=True))
         row["loss"] = sum(row.values()) if len(row) > 1 or "loss" not in row else row["loss"]
         for name, (total, count) in metrics.items():
-            sums = total.to(self._wide).flatten(), count.to(self._wide).flatten().expand(total.numel())
+            total, count = total.to(self.device, self._wide), count.to(self.device, self._wide)
+            sums = total.flatten(), count.flatten().expand(total.numel())
             both = self.mesh.sum(torch.stack(sums))
             if ":" in name:
                 self._sums[name] = both[0]
@@ -244,8 +245,10 @@ class Trainer:
     def _counts(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         each = [self.objective.counts(batch) for batch in batches]
         names = list(each[0])
-        local = torch.stack([sum(counts[name].to(self._wide) for counts in each) for name in names])  # type: ignore[misc]
-        return dict(zip(names, self.mesh.sum(local.to(self.device)).clamp(min=1), strict=True))
+        # a count may be a number of the host's
+        wide = [[counts[name].to(self.device, self._wide) for counts in each] for name in names]
+        local = torch.stack([torch.stack(counts).sum() for counts in wide])
+        return dict(zip(names, self.mesh.sum(local).clamp(min=1), strict=True))
 
     def train_step(self) -> dict[str, Any]:
         """One step; a row of metrics."""
@@ -484,10 +487,12 @@ class Trainer:
             if name not in names:
                 raise TorchstoneError(f"the checkpoint's optimizer holds {name}, which is no parameter here")
             state.setdefault(name, {})[key] = value
+        # numbers, as of steps, are the host's, but for kernels that move all parameters of a device at once
+        there = {id(p) for group in self.optim.param_groups if group.get("fused") for p in group["params"]}
         for name, values in state.items():
             parameter = names[name].value
             self.optim.state[parameter] = {
-                key: value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+                key: value.to(parameter.device if value.dim() or id(parameter) in there else "cpu", copy=True)
                 for key, value in values.items()
             }
         if self.ema is not None:

@@ -128,6 +128,7 @@ class TorchstoneCache(Cache):
         Raises:
             TorchstoneError: a part of the state cannot rewind.
         """
+        tokens = int(tokens)  # some versions count in tensors
         gone = -tokens if tokens <= 0 else self.columns - tokens
         if self.state is not None and gone > 0:
             self.state.truncate((self.state.length_B - gone).clamp(min=0))
