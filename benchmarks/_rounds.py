@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["interleave", "machine", "ratio", "serve"]
+__all__ = ["finish", "interleave", "machine", "ratio", "serve"]
 
 
 def serve(work: Callable[[], Mapping[str, Any]]) -> None:
@@ -28,10 +28,10 @@ def serve(work: Callable[[], Mapping[str, Any]]) -> None:
 
 
 class _Peer:
-    def __init__(self, script: str, name: str, threads: int) -> None:
+    def __init__(self, script: str, name: str, threads: int, arguments: Sequence[str] = ()) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [sys.executable, script, "--peer", name],
+            [sys.executable, script, "--peer", name, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,9 +60,11 @@ class _Peer:
         self.process.wait(timeout=60)
 
 
-def interleave(script: str, names: Sequence[str], rounds: int, threads: int, warmup: int = 2) -> dict[str, list[dict]]:
+def interleave(
+    script: str, names: Sequence[str], rounds: int, threads: int, warmup: int = 2, arguments: Sequence[str] = ()
+) -> dict[str, list[dict]]:
     """`rounds` results of every peer, in turn: A B C, A B C, ... All peers are up and warm before the first round."""
-    peers = [_Peer(script, name, threads) for name in names]
+    peers = [_Peer(script, name, threads, arguments) for name in names]
     results: dict[str, list[dict]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         for peer in peers:
@@ -83,11 +85,20 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], draws: int = 10_000) -
     return {"median": float(np.median(each)), "low": float(low), "high": float(high), "rounds": len(each)}
 
 
-def machine(threads: int) -> dict[str, Any]:
+def finish(device: str) -> None:
+    """Wait until a device has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
     return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,

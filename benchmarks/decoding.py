@@ -1,6 +1,6 @@
 """Greedy decoding speed beside Hugging Face transformers: same architecture, precision, prompts, threads, machine.
 
-    python benchmarks/decoding.py [--rounds 20] [--cases bf16-1,fp32-1,bf16-16,fp32-16] [--json FILE]
+    python benchmarks/decoding.py [--device cpu|cuda] [--rounds 20] [--cases bf16-1,fp32-1,...] [--json FILE]
 
 6 layers, width 384, 6 heads, SwiGLU of 1,024, vocabulary 4,096, tied head; prompts of 32 tokens, 128 new tokens. A case
 is a precision and a batch. The peers, each in a process of its own, in turn:
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _rounds import interleave, machine, ratio, serve
+from _rounds import finish, interleave, machine, ratio, serve
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, PROMPT, NEW = 384, 6, 6, 1024, 4096, 32, 128
 PEERS = ("ours", "eager", "theirs", "static", "linears")
@@ -38,7 +38,7 @@ def prompts(rows: int) -> list[list[int]]:
     return torch.randint(VOCABULARY, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def ours(dtype: Any, rows: int, compile: str) -> Callable[[], Any]:
+def ours(dtype: Any, rows: int, compile: str, device: str) -> Callable[[], Any]:
     """A function that generates with Torchstone's engine."""
     from torchstone.generate import Engine, Sampling
     from torchstone.model.transformer import TransformerSpec
@@ -52,7 +52,8 @@ def ours(dtype: Any, rows: int, compile: str) -> Callable[[], Any]:
         "attention": {"kind": "softmax", "heads": HEADS},
         "ffn": {"kind": "swiglu", "hidden": HIDDEN},
     }
-    engine = Engine(build_model(validate(TransformerSpec, spec), 0), dtype=dtype, compile=compile)  # type: ignore[arg-type]
+    model = build_model(validate(TransformerSpec, spec), 0)
+    engine = Engine(model, dtype=dtype, compile=compile, device=device)  # type: ignore[arg-type]
     batch, sampling = prompts(rows), Sampling(temperature=0, max_new_tokens=NEW)
 
     def work() -> None:
@@ -61,7 +62,7 @@ def ours(dtype: Any, rows: int, compile: str) -> Callable[[], Any]:
     return work
 
 
-def theirs(dtype: Any, rows: int, static: bool) -> Callable[[], Any]:
+def theirs(dtype: Any, rows: int, static: bool, device: str) -> Callable[[], Any]:
     """A function that generates with transformers."""
     import torch
     from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
@@ -80,8 +81,8 @@ def theirs(dtype: Any, rows: int, static: bool) -> Callable[[], Any]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
-    ids = torch.tensor(prompts(rows))
+    model = LlamaForCausalLM(config).to(device, dtype).eval()
+    ids = torch.tensor(prompts(rows), device=device)
     arguments: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
@@ -99,7 +100,7 @@ def theirs(dtype: Any, rows: int, static: bool) -> Callable[[], Any]:
     return work
 
 
-def linears(dtype: Any, rows: int) -> Callable[[], Any]:
+def linears(dtype: Any, rows: int, device: str) -> Callable[[], Any]:
     """A function that does the matrix products of `NEW` steps and nothing else."""
     import torch
     import torch._inductor.config
@@ -117,9 +118,9 @@ def linears(dtype: Any, rows: int) -> Callable[[], Any]:
 
     torch._inductor.config.freezing = True
     products = torch.compile(
-        Products().eval(), dynamic=False, options={"guard_filter_fn": lambda guards: [False] * len(guards)}
+        Products().eval().to(device), dynamic=False, options={"guard_filter_fn": lambda guards: [False] * len(guards)}
     )
-    x_of = {size: torch.randn(rows, size, dtype=dtype) for size in (WIDTH, HIDDEN)}
+    x_of = {size: torch.randn(rows, size, dtype=dtype, device=device) for size in (WIDTH, HIDDEN)}
 
     def work() -> None:
         with torch.no_grad():
@@ -129,7 +130,7 @@ def linears(dtype: Any, rows: int) -> Callable[[], Any]:
     return work
 
 
-def peer(name: str, threads: int) -> None:
+def peer(name: str, threads: int, device: str) -> None:
     """Serve one peer of one case."""
     import torch
 
@@ -137,17 +138,18 @@ def peer(name: str, threads: int) -> None:
     who, precision, rows = name.split("-")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     if who in ("ours", "eager"):
-        work = ours(dtype, int(rows), "on" if who == "ours" else "off")
+        work = ours(dtype, int(rows), "on" if who == "ours" else "off", device)
     elif who == "linears":
-        work = linears(dtype, int(rows))
+        work = linears(dtype, int(rows), device)
     else:
-        work = theirs(dtype, int(rows), who == "static")
+        work = theirs(dtype, int(rows), who == "static", device)
     for _ in range(2):
         work()
 
     def timed() -> dict[str, float]:
         began = time.perf_counter()
         work()
+        finish(device)
         return {"seconds": time.perf_counter() - began}
 
     serve(timed)
@@ -160,18 +162,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", default="bf16-1,fp32-1,bf16-16,fp32-16")
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer")
     options = parser.parse_args()
     if options.peer:
-        peer(options.peer, options.threads)
+        peer(options.peer, options.threads, options.device)
         return
     who = options.peers.split(",")
-    report: dict[str, Any] = {"machine": machine(options.threads), "new_tokens": NEW, "prompt": PROMPT}
+    report: dict[str, Any] = {"machine": machine(options.threads, options.device), "new_tokens": NEW, "prompt": PROMPT}
     print("tokens/s, medians".ljust(18) + "".join(f"{name:>9}" for name in who))
     for case in options.cases.split(","):
         rows = int(case.split("-")[1])
-        results = interleave(__file__, [f"{name}-{case}" for name in who], options.rounds, options.threads)
+        names, arguments = [f"{name}-{case}" for name in who], ("--device", options.device)
+        results = interleave(__file__, names, options.rounds, options.threads, arguments=arguments)
         seconds = {name: [result["seconds"] for result in results[f"{name}-{case}"]] for name in who}
         rate = {name: rows * NEW / statistics.median(values) for name, values in seconds.items()}
         ratios = {name: ratio(seconds["ours"], values) for name, values in seconds.items() if name != "ours"}
