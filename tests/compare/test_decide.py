@@ -123,3 +123,10 @@ def test_the_bootstrap_over_documents_covers_their_ratio() -> None:
         span = paired_bootstrap(reference.tolist(), variant.tolist(), weights.tolist(), draws=400, seed=number)
         hits += span.low <= 0.1 <= span.high
     assert hits >= 270
+
+
+def test_documents_that_were_not_read_are_not_drawn() -> None:
+    few = paired_bootstrap([2.0, 0.0, 6.0], [3.0, 0.0, 6.0], [10.0, 0.0, 20.0])
+    assert few == paired_bootstrap([2.0, 6.0], [3.0, 6.0], [10.0, 20.0]) and few.low == 0 and few.high == 0.1
+    alone = paired_bootstrap([2.0, 0.0], [3.0, 0.0], [10.0, 0.0])
+    assert (alone.mean, alone.low, alone.high) == (0.1, -math.inf, math.inf)

@@ -200,10 +200,13 @@ def paired_bootstrap(
 
     Args:
         reference, variant: a sum a document (bits), under the same seed or averaged over seeds.
-        weights: what each document counts (bytes).
+        weights: what each document counts (bytes); one that counts 0, because it was not read, is left out.
     """
-    d = np.asarray(variant, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     w = np.asarray(weights, dtype=np.float64)
+    d = (np.asarray(variant, dtype=np.float64) - np.asarray(reference, dtype=np.float64))[w > 0]
+    w = w[w > 0]
+    if not len(d):
+        return Interval(math.nan, -math.inf, math.inf, 0)
     mean, generator = float(d.sum() / w.sum()), np.random.default_rng(seed)
     if len(d) < 2:
         return Interval(mean, -math.inf, math.inf, len(d))

@@ -123,7 +123,8 @@ class Result:
         return {arm.name: found.get(arm.name) for arm in self.arms[1:]}
 
     def documents(self, budget: float | None = None) -> dict[str, Interval | None]:
-        """Bits per byte against the reference over held-out documents drawn anew, each averaged over seeds."""
+        """Bits per byte against the reference over held-out documents drawn anew, each averaged over seeds; None where
+        fewer than two were read."""
         at = self.budgets[-1] if budget is None else budget
 
         def mean(arm: Arm) -> tuple[np.ndarray, np.ndarray] | None:
@@ -137,7 +138,10 @@ class Result:
         for arm in self.arms[1:]:
             own = mean(arm)
             same = base is not None and own is not None and len(base[0]) == len(own[0])
-            found[arm.name] = paired_bootstrap(base[0], own[0], own[1]) if same else None  # type: ignore[index, arg-type]
+            if not same or (own[1] > 0).sum() < 2:  # type: ignore[index]
+                found[arm.name] = None
+                continue
+            found[arm.name] = paired_bootstrap(base[0], own[0], own[1])  # type: ignore[index, arg-type]
         return found
 
     def trends(self) -> dict[str, Trend | None]:
