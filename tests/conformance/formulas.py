@@ -233,6 +233,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("stack", "lazy"): lambda spec, layers, D, V: 0,
     ("stack", "tim"): lambda spec, layers, D, V: 0,
     ("stack", "multi_token"): lambda spec, layers, D, V: _multi_token(spec, layers, D, V),
+    ("stack", "multiway"): lambda spec, layers, D, V: 0,
 }
 
 
@@ -323,10 +324,11 @@ def parameters(spec: TransformerSpec) -> int:
     for side in ("encoder", "decoder"):
         layers, memory = spec.plan(side), side == "decoder" and spec.encoder is not None
         plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
-        total += sum(of_layer(layer, D, memory, V) for layer in plan)
+        ways = getattr(spec.stack, "modalities", 1)  # of each projection and norm
+        total += ways * sum(of_layer(layer, D, memory, V) for layer in plan)
         if plan:
             _, final, _ = of(plan[-1].residual)(plan[-1].residual)
-            total += final * of(plan[-1].norm)(plan[-1].norm, D)
+            total += ways * final * of(plan[-1].norm)(plan[-1].norm, D)
             heads = {(_mechanisms(layer), layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
             for _, H, _ in (
                 heads if plan[0].position.gives == "bias" else [(0, 0, 0)]

@@ -44,7 +44,9 @@ def test_two_models_that_differ_in_one_part_agree_in_every_other_parameter(famil
     common = [name for name in ours if name in theirs and not re.search(HOMES[family], name)]
     assert len(common) >= (2 if family == "stack" else 3)  # a stack may have no layer like those of another
     for name in common:
-        assert torch.equal(ours[name], theirs[name]), f"{name} differs between {base} and {other}"
+        # of several ways through a layer the first starts as the only one of another stack
+        found = theirs[name][: len(ours[name])] if family == "stack" else theirs[name]
+        assert torch.equal(ours[name], found), f"{name} differs between {base} and {other}"
     if family not in ("block", "stack", "linear"):
         elsewhere = {name for names in (ours, theirs) for name in names if not re.search(HOMES[family], name)}
         assert set(common) == elsewhere, "a parameter of another part is there in one model only"

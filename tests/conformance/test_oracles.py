@@ -979,6 +979,32 @@ def _() -> None:
         same(ours, h, f"module {k}")
 
 
+@oracle("stack", "multiway")
+def _() -> None:
+    """Token by token: each by the matrices and norms of its modality, attention over all before it."""
+    E, H, which = 3, 4, [0, 2, 2, 1, 0, 1, 2]
+    model, ids = Case.of(stack="multiway_three", ffn="mlp", position="none").model(), drawn_ids(1, 7)
+    x = model.embedding.weight[ids[0]]
+
+    def of(module: Any, x_TI: torch.Tensor) -> torch.Tensor:
+        return torch.stack([module.weight.view(E, -1, len(x_TI[0]))[m] @ v for m, v in zip(which, x_TI, strict=True)])
+
+    def normed(norms: Any, x_TD: torch.Tensor) -> torch.Tensor:
+        return torch.stack([rms(v, norms[m].weight) for m, v in zip(which, x_TD, strict=True)])
+
+    for layer in model.decoder.layers:
+        q, k, v = of(layer.attention.qkv, normed(layer.attention_residual.norm, x)).view(7, 3, H, -1).unbind(1)
+        mixed = []
+        for t in range(7):
+            scores = torch.einsum("hk,shk->hs", q[t], k[: t + 1]) / q.shape[-1] ** 0.5
+            mixed.append(torch.einsum("hs,shk->hk", scores.softmax(-1), v[: t + 1]).flatten())
+        x = x + of(layer.attention.out, torch.stack(mixed))
+        hidden = torch.nn.functional.gelu(of(layer.ffn.up, normed(layer.ffn_residual.norm, x)))
+        x = x + of(layer.ffn.down, hidden)
+    tokens = Tokens.of(ids, modality=torch.tensor([which]))
+    same(model(tokens).hidden[0], normed(model.decoder.norm, x))
+
+
 @oracle("stack", "lazy")
 def _() -> None:
     for spec in (*specs("stack", "lazy"), validate(resolve("stack", "lazy"), {"block_sizes": [1, 4]})):

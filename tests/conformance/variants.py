@@ -141,6 +141,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         },
         "apart": {"plain_first": 1, "plain_last": 0, "competition": "none", "communication": None},
     },
+    ("stack", "multiway"): {"three": {"modalities": 3}},
     ("stack", "multi_token"): {"two": {"predictors": 2, "main": "lazy"}},
     ("head", "token_classification"): {"electra": {"classes": 1, "transform": True}},
     ("stack", "yoco"): {
