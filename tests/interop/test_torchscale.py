@@ -30,6 +30,9 @@ IDS = torch.randint(V, (2, T), generator=Key(3).generator())
 SOURCE = torch.randint(V, (2, 7), generator=Key(4).generator())
 VALID = torch.arange(T) < torch.tensor([[T], [7]])
 Tensors = dict[str, torch.Tensor]
+SPLIT, WAY = 4, "?"
+"""Tokens of the first of two modalities, and where their letter stands in a name."""
+MODALITY = (torch.arange(T) >= SPLIT).long()[None]
 
 
 def sizes(*sides: str) -> dict[str, Any]:
@@ -62,6 +65,17 @@ class Names:
         self.tensors[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=self.generator)
         if bias:
             self.tensors[f"{name}.bias"] = 0.3 * torch.randn(width, generator=self.generator)
+
+    def double(self) -> None:
+        """All but embeddings once more, under other letters: A and B."""
+        for name in [name for name in self.tensors if not name.startswith("embed")]:
+            module, _, end = name.rpartition(".")
+            for letter in "AB":
+                network, _, last = module.rpartition(".")
+                renamed = f"{network}.{letter}.{last}" if network.endswith("ffn") else f"{module}.{letter}"
+                drawn = 0.1 * torch.randn(self.tensors[name].shape, generator=self.generator)
+                self.tensors[f"{renamed}.{end}"] = self.tensors[name] + drawn
+            del self.tensors[name]
 
 
 def side_names(names: Names, side: str, config: dict[str, Any], at: str, cross: bool) -> None:
@@ -98,6 +112,8 @@ def side_names(names: Names, side: str, config: dict[str, Any], at: str, cross: 
         names.norm(f"{layer}.final_layer_norm", D)
     if before(config, side):
         names.norm(f"{at}layer_norm", D)
+    if config.get("multiway"):
+        names.double()
     if config.get("rel_pos_buckets"):
         table = "relative_position" if side == "encoder" else "self_attn_relative_position"
         names.matrix(f"{at}{table}.relative_attention_bias", config["rel_pos_buckets"], H, bias=False)
@@ -121,11 +137,28 @@ def weight(side: str, config: dict[str, Any], both: bool) -> float:
     return 0.81 * (L**4 * L) ** (1 / 16) if side == "encoder" else (3 * L) ** 0.25
 
 
+def both_ways(x: torch.Tensor, t: Tensors, name: str, of: Any) -> torch.Tensor:
+    """The first tokens by what is called A, and the rest by B."""
+    first, rest = of(x[:, :SPLIT], name.replace(WAY, "A")), of(x[:, SPLIT:], name.replace(WAY, "B"))
+    return torch.cat([first, rest], 1)
+
+
+def way(t: Tensors, name: str) -> str:
+    """A module's name, or where it stands twice a name with a place for the letter."""
+    parts = name.split(".")
+    twice = (".".join([*parts[:n], WAY, *parts[n:]]) for n in (len(parts), len(parts) - 1))
+    return next((one for one in twice if f"{one.replace(WAY, 'A')}.weight" in t), name)
+
+
 def linear(x: torch.Tensor, t: Tensors, name: str) -> torch.Tensor:
+    if WAY in (twice := way(t, name)):
+        return both_ways(x, t, twice, lambda part, one: linear(part, t, one))
     return x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", torch.zeros(()))
 
 
 def normed(x: torch.Tensor, t: Tensors, name: str, eps: float) -> torch.Tensor:
+    if WAY in (twice := way(t, name)):
+        return both_ways(x, t, twice, lambda part, one: normed(part, t, one, eps))
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
 
@@ -182,7 +215,7 @@ def attended(
     scores = scores / (D // H) ** 0.5 + (0 if bias is None else bias)
     y = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1) @ v
     y = y.transpose(1, 2).flatten(-2)
-    if f"{name}.inner_attn_ln.weight" in t:
+    if f"{way(t, f'{name}.inner_attn_ln').replace(WAY, 'A')}.weight" in t:
         y = normed(y, t, f"{name}.inner_attn_ln", config.get("layernorm_eps", 1e-5))
     return linear(y, t, f"{name}.out_proj")
 
@@ -247,7 +280,7 @@ def run_side(
 
     def network(h: torch.Tensor, name: str) -> torch.Tensor:
         h = act(linear(h, t, f"{name}.fc1"))
-        if f"{name}.ffn_layernorm.weight" in t:
+        if f"{way(t, f'{name}.ffn_layernorm').replace(WAY, 'A')}.weight" in t:
             h = normed(h, t, f"{name}.ffn_layernorm", eps)
         return linear(h, t, f"{name}.fc2")
 
@@ -257,7 +290,7 @@ def run_side(
         if memory is not None:
             everything = torch.ones(1, ids.shape[1], memory.shape[1], dtype=torch.bool)
             x = around(x, f"{cross}_layer_norm", lambda h: attended(t, cross, h, memory, everything, config, None))
-        if f"{layer}.ffn.fc1.weight" in t:
+        if f"{layer}.moe_layer.experts.0.fc1.weight" not in t:
             return around(x, f"{layer}.final_layer_norm", lambda h: network(h, f"{layer}.ffn"))
         name = f"{layer}.moe_layer"
         return around(x, f"{layer}.final_layer_norm", lambda h: mixed(h, t, name, config, network))
@@ -379,6 +412,8 @@ STACKS = {
         **COMMON,
         "post": {"subln": False, "encoder_normalize_before": False},
         "tied": {"share_encoder_input_output_embed": True},
+        "multiway": {"multiway": True, "table": True},
+        "multiway in post-norm": {"multiway": True, "deepnorm": True, "rel_pos_buckets": 16, "max_rel_pos": 9},
     },
 }
 
@@ -392,7 +427,8 @@ def test_an_encoder_or_a_decoder_gives_what_the_formulas_give(side: Any, case: s
     valid = VALID if side == "encoder" and "moe_freq" not in config else None
     hidden = run_side(tensors, side, config, IDS, valid=valid)
     wanted = linear(hidden, tensors, "output_projection")
-    found = model(IDS if valid is None else Tokens.of(IDS, valid=valid)).logits
+    modality = MODALITY if config.get("multiway") else None
+    found = model(IDS if valid is None else Tokens.of(IDS, valid=valid, modality=modality)).logits
     same(*((found, wanted) if valid is None else (found[valid], wanted[valid])))
 
 
@@ -679,8 +715,10 @@ def test_an_encoder_or_a_decoder_gives_what_torchscale_gives(
     elif "moe_freq" in config:  # its experts take padding too
         same(ours(IDS).logits, theirs(IDS)["encoder_out"])
     else:
-        found = ours(Tokens.of(IDS, valid=VALID)).logits
-        same(found[VALID], theirs(IDS, encoder_padding_mask=~VALID)["encoder_out"][VALID])
+        modality, split = (MODALITY, SPLIT) if config.get("multiway") else (None, None)
+        found = ours(Tokens.of(IDS, valid=VALID, modality=modality)).logits
+        wanted = theirs(IDS, encoder_padding_mask=~VALID, multiway_split_position=split)["encoder_out"]
+        same(found[VALID], wanted[VALID])
 
 
 @pytest.mark.parametrize("case", [{}, {"deepnorm": True}, {"subln": False}, {"table": True}])

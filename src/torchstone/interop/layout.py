@@ -27,6 +27,7 @@ from torch import nn
 
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model.stack import LayerSpec
+from torchstone.model.stack.multiway import MultiwayLinear
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
 
@@ -118,24 +119,28 @@ class Rule:
     """One row of the table: a pattern of our names, theirs in the order of our slices, and the transform between.
 
     ``{i}`` stands for a layer's number and ``{p}`` for "weight" or "bias". With ``{e}`` in theirs the row is about a
-    bank of projections, and they are repeated for each of them, ``{e}`` being its number.
+    bank of experts' projections, and they are repeated for each of them, ``{e}`` being its number; with ``{m}`` about
+    one of modalities' projections, ``{m}`` being a letter.
     """
 
     ours: str
     theirs: str | tuple[str, ...]
     transform: Pieces = PIECES
 
-    def match(self, name: str, count: int | None = None) -> tuple[str, ...] | None:
+    def match(self, name: str, count: int | None = None, each: str = "e") -> tuple[str, ...] | None:
         """Their names for the parameter `name` of ours; None if the rule is about another.
 
-        `count`: projections in the bank that the parameter belongs to; None if it belongs to none.
+        `count`: projections in the bank that the parameter belongs to; None if it belongs to none. `each`: "e" or "m",
+        what has one of them.
         """
         pattern = re.escape(self.ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
         found = re.fullmatch(pattern, name)
         theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
-        if found is None or (count is not None) != ("{e}" in theirs[0]):
+        asked = next((mark for mark in ("e", "m") if f"{{{mark}}}" in theirs[0]), None)
+        if found is None or asked != (None if count is None else each):
             return None
-        return tuple(their.format(e=e, **found.groupdict()) for e in range(count or 1) for their in theirs)
+        named = found.groupdict()
+        return tuple(their.format(e=n, m=chr(65 + n), **named) for n in range(count or 1) for their in theirs)
 
 
 @dataclass(frozen=True)
@@ -416,7 +421,8 @@ class Layout:
         for name, tensor in tensors_of(model).items():
             holder: Any = model.get_submodule(name.rpartition(".")[0])
             count = getattr(holder, "count", None)  # of a bank of projections, or of vectors
-            found = next(((rule, theirs) for rule in rules if (theirs := rule.match(name, count))), None)
+            each = "m" if isinstance(holder, MultiwayLinear) else "e"
+            found = next(((rule, theirs) for rule in rules if (theirs := rule.match(name, count, each))), None)
             if found is None:
                 raise TorchstoneError(f"the {self.model_type} layout has no place for the parameter {name}")
             rule, theirs = found

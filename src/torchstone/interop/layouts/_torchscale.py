@@ -45,6 +45,7 @@ __all__ = [
     "shared_config",
     "side_config",
     "sided",
+    "stack",
     "stem_rules",
 ]
 
@@ -90,7 +91,7 @@ def sided(side: Side, more: Iterable[str] = ()) -> frozenset[str]:
 
 
 def check_options(config: Config, known: frozenset[str]) -> None:
-    """Refuse keys that the assembly has not, and the options that no layout of TorchScale's has a place for.
+    """Refuse keys that the assembly has not.
 
     Raises:
         TorchstoneError: names the key.
@@ -100,7 +101,6 @@ def check_options(config: Config, known: frozenset[str]) -> None:
             raise TorchstoneError(
                 f"{config.model_type} config: there is no option {key!r}{nearest(key, known | RUN_OPTIONS)}"
             )
-    config.only("multiway", False)
 
 
 def read_dropout(config: Config) -> float:
@@ -203,6 +203,23 @@ def experts(config: Config, side: Side) -> list[dict[str, Any]]:
     }
     at = list(range(every - 1, config.get(f"{side}_layers", 12), every))
     return [{"at": at, "ffn": own}] if at else []
+
+
+def stack(config: Config) -> dict[str, Any]:
+    """A stack by itself: of two modalities with `multiway`, else plain.
+
+    Raises:
+        TorchstoneError: experts, or a norm of embeddings, of each modality's own.
+    """
+    if not config.get("multiway", False):
+        return {"kind": "plain"}
+    for key in ("moe_freq", "layernorm_embedding"):
+        if config.get(key, 0):
+            raise TorchstoneError(
+                f"{config.model_type} config: {key} {config.values[key]!r} with multiway is not supported; "
+                "supported: one of them"
+            )
+    return {"kind": "multiway", "modalities": 2}
 
 
 def attention(config: Config, side: Side) -> dict[str, Any]:
@@ -369,6 +386,7 @@ def shared_config(model: Model, side: Side) -> dict[str, Any]:
         "max_rel_pos": place.far if t5 else 0,
         "xpos_rel_pos": place.kind == "xpos",
         "xpos_scale_base": place.scale_base if place.kind == "xpos" else 512,
+        "multiway": model.spec.stack.kind == "multiway",
         **_experts_config(layers),
     }
 
@@ -409,6 +427,12 @@ def rules(side: Side, at: str = "") -> tuple[Rule, ...]:
     layer, ours = f"{at}layers.{{i}}", f"{side}.layers.{{i}}"
     parts = ("q_proj", "k_proj", "v_proj")
     bias = "relative_position" if side == "encoder" else "self_attn_relative_position"
+    norms = (
+        (f"{ours}.attention.inner_norm", f"{layer}.self_attn.inner_attn_ln"),
+        (f"{ours}.attention_residual.norm", f"{layer}.self_attn_layer_norm"),
+        (f"{ours}.ffn_residual.norm", f"{layer}.final_layer_norm"),
+        (f"{side}.norm", f"{at}layer_norm"),
+    )
     return (
         Rule(f"{side}.positions.learned.weight", f"{at}embed_positions.weight", TABLE),
         Rule(
@@ -416,15 +440,20 @@ def rules(side: Side, at: str = "") -> tuple[Rule, ...]:
             f"{at}{bias}.relative_attention_bias.weight",
             Pieces() if side == "encoder" else _Behind(),
         ),
+        # the second of each two is of the modality that the letter stands for
         Rule(f"{ours}.attention.qkv.{{p}}", tuple(f"{layer}.self_attn.{part}.{{p}}" for part in parts)),
-        Rule(f"{ours}.attention.inner_norm.{{p}}", f"{layer}.self_attn.inner_attn_ln.{{p}}"),
+        Rule(f"{ours}.attention.qkv.{{p}}", tuple(f"{layer}.self_attn.{part}.{{m}}.{{p}}" for part in parts)),
         Rule(f"{ours}.attention.out.{{p}}", f"{layer}.self_attn.out_proj.{{p}}"),
-        Rule(f"{ours}.attention_residual.norm.{{p}}", f"{layer}.self_attn_layer_norm.{{p}}"),
-        Rule(f"{ours}.ffn.up.{{p}}", f"{layer}.ffn.fc1.{{p}}"),
+        Rule(f"{ours}.attention.out.{{p}}", f"{layer}.self_attn.out_proj.{{m}}.{{p}}"),
+        *(Rule(f"{name}.{{p}}", f"{theirs}.{{p}}") for name, theirs in norms),
+        *(Rule(f"{name}.{n}.{{p}}", f"{theirs}.{m}.{{p}}") for name, theirs in norms for n, m in enumerate("AB")),
+        *(
+            Rule(f"{ours}.ffn.{name}.{{p}}", f"{layer}.ffn.{theirs}.{{p}}")
+            for name, way in (("up", "fc1"), ("down", "fc2"))
+            for theirs in (way, f"{{m}}.{way}")
+        ),
         Rule(f"{ours}.ffn.inner_norm.{{p}}", f"{layer}.ffn.ffn_layernorm.{{p}}"),
-        Rule(f"{ours}.ffn.down.{{p}}", f"{layer}.ffn.fc2.{{p}}"),
-        Rule(f"{ours}.ffn_residual.norm.{{p}}", f"{layer}.final_layer_norm.{{p}}"),
-        Rule(f"{side}.norm.{{p}}", f"{at}layer_norm.{{p}}"),
+        *(Rule(f"{ours}.ffn.inner_norm.{n}.{{p}}", f"{layer}.ffn.{m}.ffn_layernorm.{{p}}") for n, m in enumerate("AB")),
         Rule(f"{ours}.ffn.router.weight", f"{layer}.moe_layer.gate.wg.weight"),
         Rule(f"{ours}.ffn.router.down", f"{layer}.moe_layer.gate.wg_reduction.weight"),
         Rule(f"{ours}.ffn.router.vectors", f"{layer}.moe_layer.gate.wg"),
@@ -464,6 +493,10 @@ def one_stack(side: Side) -> Layout:
             config.only("normalize_output", True)
         body["position"], body["context"] = position(config, side, shapes)
         body["norm"] = norm(config)
+        if side == "encoder":
+            body["stack"] = stack(config)
+        else:
+            config.only("multiway", False)
         if config.get("layernorm_embedding", False):
             body["embedding"]["norm"] = norm(config)
         return {**body, "attention": attention(config, side), "ffn": ffn(config, side), **head(config, tied, shapes)}
@@ -478,7 +511,7 @@ def one_stack(side: Side) -> Layout:
         model_type=f"torchscale-{side}",
         sides=(side,),
         architectures={name: "lm", f"LongNet{name}": "lm"},
-        kinds=KINDS,
+        kinds=KINDS | ({"stack": ("plain", "multiway")} if side == "encoder" else {}),
         spec=spec,
         config=back,
         rules=(*stem_rules(), *rules(side)),

@@ -39,6 +39,7 @@ _OPTIONS = OPTIONS | sided("encoder") | sided("decoder") | {*_SHARED, "normalize
 
 def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
     check_options(config, _OPTIONS)
+    config.only("multiway", False)
     if not config.get("share_all_embeddings", False):
         raise TorchstoneError(
             f"{config.model_type} config: share_all_embeddings False is not supported; supported: True"

@@ -41,6 +41,7 @@ _GATES: dict[str, dict[str, Any]] = {
 
 def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
     check_options(config, _OPTIONS)
+    config.only("multiway", False)
     config.only("xpos_rel_pos", False)
     config.only("moe_freq", 0)  # its experts would have layer norms inside
     body = shared(config, "decoder")
