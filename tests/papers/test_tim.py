@@ -37,7 +37,7 @@ def test_parameters_in_closed_form(mechanisms: int) -> None:
 
 
 def arm(name: str) -> Any:
-    spec: Any = load_recipe(tim._recipe(tim._SIZES["evidence"], name, 0)).model
+    spec: Any = load_recipe(tim._recipe(tim._SIZES["evidence"], name, 0, 2e-3)).model
     return initialise(spec.model_copy(update={"vocabulary": 64}).build(), 0).eval()
 
 

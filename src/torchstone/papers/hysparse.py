@@ -145,7 +145,8 @@ RETRIEVAL = Claim(
     id="retrieval",
     kind="behaviour",
     text="Of 4 pairs of key and value at random distances, a full, two sparse and a full layer recall values more than "
-    "5 points better than the same layers without sparse branches, and less than 5 points worse than four full layers.",
+    "5 points better than the same layers without sparse branches, and less than 5 points worse than four full "
+    "layers, each at the best of three learning rates.",
     figure="RULER to 32k tokens: on par with or above full attention, above the hybrid of full and sliding-window "
     "layers",
     gates=(
@@ -193,7 +194,7 @@ RETRIEVAL = Claim(
         },
         settings={
             "quick": Setting(seeds=2, control_seeds=1, patch={"trainer": {"steps": 60}}),
-            "evidence": Setting(seeds=5, control_seeds=3),
+            "evidence": Setting(seeds=5, control_seeds=3, tune=("optimizer.lr", (2e-3, 4e-3, 8e-3))),
             "gpu": Setting(
                 seeds=5,
                 control_seeds=3,
@@ -202,6 +203,7 @@ RETRIEVAL = Claim(
                     "data": {"pairs": 256, "queries": 32, "keys": 1024, "values": 256},
                     "trainer": {"steps": 10_000, "precision": "bf16", "compile": "auto"},
                 },
+                tune=("optimizer.lr", (1e-3, 2e-3, 4e-3)),
             ),
         },
         metric="test_accuracy",
