@@ -327,6 +327,11 @@ def _spec_of(annotation: Any) -> type[Spec] | None:
     return annotation if inspect.isclass(annotation) and issubclass(annotation, Spec) else None
 
 
+def _spec_of_values(annotation: Any) -> type[Spec] | None:
+    """The spec class of the values of a mapping's annotation, if they are specs."""
+    return _spec_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
+
+
 def _default_of(info: FieldInfo) -> Any:
     value = info.get_default(call_default_factory=True, validated_data={})
     return value.dump() if isinstance(value, Spec) else None
@@ -337,7 +342,8 @@ def merge(
 ) -> dict[str, Any]:
     """`patch` laid over `base`, both plain data of `spec`. Pure: neither argument changes.
 
-    Mappings of nested specs merge key by key; everything else is replaced. Where a patch changes the `kind` of a part,
+    Nested specs merge key by key, and so do mappings of names to specs, of which a name that is given null goes;
+    everything else is replaced. Where a patch changes the `kind` of a part,
     only the fields of the family root are kept from `base`; the rest starts from the new kind's defaults. What was
     carried and dropped is appended to `changes`.
     """
@@ -352,6 +358,17 @@ def merge(
         if family is not None and isinstance(value, Mapping) and SHORT in value:
             merged = merge(merged, {name: value[SHORT]}, spec, changes, path)
             value = {k: v for k, v in value.items() if k != SHORT}
+        each = _spec_of_values(info.annotation) if info is not None and family is None else None
+        if each is not None and isinstance(value, Mapping):
+            kept = merged.get(name)
+            entries = dict(kept) if isinstance(kept, Mapping) else {}
+            for key, one in value.items():
+                if isinstance(one, Mapping):
+                    old = entries.get(key)
+                    one = merge(old if isinstance(old, Mapping) else {}, one, each, changes, f"{here}.{key}")
+                entries[key] = one
+            merged[name] = {key: one for key, one in entries.items() if one is not None}
+            continue
         if not isinstance(value, Mapping) or (family is None and nested is None):
             merged[name] = value
             continue

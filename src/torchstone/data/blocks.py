@@ -88,7 +88,11 @@ class Blocks:
                 f"the {self.split} split is shorter than one block: {self.tokens:,} tokens, block {self.block:,}"
             )
         first = ((step * accumulate + micro) * ranks + rank) * size
-        return _tensors(self._rows(shuffled(count, key, first, size)))
+        return self.rows(shuffled(count, key, first, size))
+
+    def rows(self, blocks: np.ndarray) -> dict[str, torch.Tensor]:
+        """The blocks of these numbers, as of `batch`."""
+        return _tensors(self._rows(blocks))
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """All blocks in order, the short one at the end too: every token but the first is predicted exactly once.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchstone.data.store import Cache
     from torchstone.data.tokenizer import Tokenizer
 
-__all__ = ["Encoding", "Prepared", "prepare"]
+__all__ = ["Encoding", "Prepared", "prepare", "prepare_several"]
 
 _FORMAT = 1
 """Goes up whenever the same tokens would be written otherwise."""
@@ -95,53 +95,72 @@ def prepare(
         TorchstoneError: the corpus cannot be read, is empty, or its train split is shorter than one block; the
             tokenizer cannot be read; the cache cannot be written.
     """
+    (prepared,) = prepare_several(spec, [spec.corpus], progress, encoding)
+    return prepared
+
+
+def prepare_several(
+    spec: TextDataSpec,
+    corpora: Sequence[CorpusSpec],
+    progress: Callable[[str], None] | None = None,
+    encoding: Encoding | None = None,
+) -> list[Prepared]:
+    """As `prepare`, of several corpora in the place of the spec's, with one tokenizer: one that learns does so from the
+    train splits of all."""
     say, encoding = progress or (lambda _: None), encoding or Encoding()
     from torchstone.data.hashing import digest
     from torchstone.data.split import FORMAT, SPLITS, Split, make
     from torchstone.data.store import Cache
 
-    corpus = spec.corpus
-    key = digest(FORMAT, corpus.fingerprint())
+    keys = [digest(FORMAT, corpus.fingerprint()) for corpus in corpora]
+    found: list[tuple[CorpusSpec, Split, Path, dict]] = []
     with Cache(spec.cache_folder()) as cache:
-        folder = cache.find("splits", key)
-        if folder is None:
-            say(f"reading {corpus.title()}")
-            folder = cache.stage("splits", key)
-            make(corpus, folder, lambda size: _grow(cache, size))
-        split = Split.load(folder)
-        tokenizer = spec.tokenizer.load(lambda: _sample(corpus, split, say), split.train_hash, cache)
+        splits: list[Split] = []
+        for corpus, key in zip(corpora, keys, strict=True):
+            folder = cache.find("splits", key)
+            if folder is None:
+                say(f"reading {corpus.title()}")
+                folder = cache.stage("splits", key)
+                make(corpus, folder, lambda size: _grow(cache, size))
+            splits.append(Split.load(folder))
+        hashes = [split.train_hash for split in splits]
+        texts = hashes[0] if len(hashes) == 1 else digest(*hashes)
+        tokenizer = spec.tokenizer.load(lambda: _sample(corpora, splits, say), texts, cache)
         tokenizer = encoding.tokenizer(tokenizer)
-        tokens_key = digest(_FORMAT, key, tokenizer.hash, *encoding.settings)
-        folder = cache.find("tokens", tokens_key)
-        if folder is None:
-            folder = cache.stage("tokens", tokens_key)
-            _tokenise(corpus, split, tokenizer, encoding, folder, cache, say)
-        meta = json.loads((folder / "tokens.json").read_text())
-        found = meta["splits"]["train"]["tokens"]
-        if found < spec.block:
-            raise TorchstoneError(
-                f"data: the train split of {corpus.title()} is shorter than one block: {found:,} tokens, "
-                f"block {spec.block:,}"
-            )
-    return _open(spec, split, tokenizer, cache.path("tokens", tokens_key), meta, SPLITS)
+        for corpus, key, split in zip(corpora, keys, splits, strict=True):
+            tokens_key = digest(_FORMAT, key, tokenizer.hash, *encoding.settings)
+            folder = cache.find("tokens", tokens_key)
+            if folder is None:
+                folder = cache.stage("tokens", tokens_key)
+                _tokenise(corpus, split, tokenizer, encoding, folder, cache, say)
+            meta = json.loads((folder / "tokens.json").read_text())
+            tokens = meta["splits"]["train"]["tokens"]
+            if tokens < spec.block:
+                raise TorchstoneError(
+                    f"data: the train split of {corpus.title()} is shorter than one block: {tokens:,} tokens, "
+                    f"block {spec.block:,}"
+                )
+            found.append((corpus, split, cache.path("tokens", tokens_key), meta))
+    return [_open(spec, corpus, split, tokenizer, folder, meta, SPLITS) for corpus, split, folder, meta in found]
 
 
 def _grow(cache: Cache, size: int) -> None:
     cache.need += size
 
 
-def _sample(corpus: CorpusSpec, split: Split, say: Callable[[str], None]) -> Iterator[str]:
-    """Texts of the train split, thinned to `_SAMPLE` bytes by a hash of their number."""
+def _sample(corpora: Sequence[CorpusSpec], splits: Sequence[Split], say: Callable[[str], None]) -> Iterator[str]:
+    """Texts of the train splits, thinned to `_SAMPLE` bytes by a hash of their number."""
     import numpy as np
 
     from torchstone.data.hashing import mix
 
     say("training the tokenizer")
-    share = _SAMPLE / max(split.train_bytes, 1)
+    share = _SAMPLE / max(sum(split.train_bytes for split in splits), 1)
     limit = np.uint64(min(share, 1.0) * (2**64 - 2**12))
-    for number, side, document in split.pieces(corpus):
-        if side == "train" and (share >= 1 or mix(np.array([number], np.uint64))[0] < limit):
-            yield document.text
+    for corpus, split in zip(corpora, splits, strict=True):
+        for number, side, document in split.pieces(corpus):
+            if side == "train" and (share >= 1 or mix(np.array([number], np.uint64))[0] < limit):
+                yield document.text
 
 
 def _tokenise(
@@ -203,7 +222,13 @@ def _tokenise(
 
 
 def _open(
-    spec: TextDataSpec, split: Split, tokenizer: Tokenizer, folder: Path, meta: dict, sides: tuple[str, ...]
+    spec: TextDataSpec,
+    corpus: CorpusSpec,
+    split: Split,
+    tokenizer: Tokenizer,
+    folder: Path,
+    meta: dict,
+    sides: tuple[str, ...],
 ) -> Prepared:
     from torchstone.data.blocks import Blocks
 
@@ -221,7 +246,5 @@ def _open(
     }
     counts = ", ".join(f"{side} {blocks[side].documents:,}" for side in sides)
     how = "cut at 90 and 95 % of the bytes at line ends" if split.ranges else "near-duplicates on one side"
-    description = f"{line(spec.corpus, split.documents, split.bytes, split.hash)}; {counts} ({how})"
-    return Prepared(
-        tokenizer, blocks["train"], blocks["valid"], blocks["test"], description, split.hash, spec.corpus, split
-    )
+    description = f"{line(corpus, split.documents, split.bytes, split.hash)}; {counts} ({how})"
+    return Prepared(tokenizer, blocks["train"], blocks["valid"], blocks["test"], description, split.hash, corpus, split)
