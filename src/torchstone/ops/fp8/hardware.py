@@ -1,9 +1,9 @@
 """The product on a device that multiplies numbers of 8 bits with these scales: Hopper, by
 `torch.nn.functional.scaled_mm`.
 
-Written from torch's documentation and its tests of block scales; not run by the tests of this repository, which need no
-such device. So the first product on a device is compared with the definition, and where it differs or fails, all are
-emulated and one line says so.
+Written from torch's documentation and its tests of block scales, and run by tests/cuda where there is such a device.
+The first product on a device is compared with the definition, and where it differs or fails, all are emulated and one
+line says so.
 
 Shapes: as of `reference`.
 """
