@@ -28,10 +28,10 @@ def test_the_sabotage_looks_things_up_in_the_memory_of_the_row_beside() -> None:
 
 def test_arms_differ_in_what_the_claim_says_and_nothing_else() -> None:
     size = longmem._SIZES["evidence"]
-    memory, without = (longmem._adapted(size, 3, "run", arm) for arm in ("memory", "no memory"))  # type: ignore[arg-type]
+    memory, without = (longmem._adapted(size, 3, "run", arm, 0.02) for arm in ("memory", "no memory"))  # type: ignore[arg-type]
     assert memory["data"].pop("forget") == "document" and without["data"].pop("forget") == "segment"
     assert memory == without
-    tuned = longmem._adapted(size, 3, "run", "tuned")  # type: ignore[arg-type]
+    tuned = longmem._adapted(size, 3, "run", "tuned", 0.02)  # type: ignore[arg-type]
     assert "adapt" not in tuned
     tokens = [each["data"]["block"] * each["trainer"]["batch"] for each in (memory, tuned)]
     assert tokens[0] == tokens[1] and tuned["data"]["block"] == 2 * memory["data"]["block"]
