@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def point_of(run: RunFolder) -> Point | None:
 
 
 def read_points(sources: Iterable[str | Path], say: Callable[[str], None] | None = None) -> list[Point]:
-    """Trainings of run directories, of folders that hold runs (a comparison's, a sweep's), and of files of JSON objects,
-    one a line, with the fields of `Point` (`compute` may stand for one of its factors).
+    """Trainings of run directories, of folders that hold runs (a comparison's, a sweep's), and of files of JSON
+    objects, one a line, with the fields of `Point` (`compute` may stand for one of its factors).
 
     Runs that have not come to their end are left out, and `say` is told so.
 
@@ -222,7 +222,7 @@ def _cells(recipe: Recipe, grid: Grid) -> dict[str, Recipe]:
     budgets = sorted(set(grid.budgets))
     if len(budgets) <= FEWEST:
         raise TorchstoneError(f"--budgets: needs {FEWEST + 1} or more, the largest to be held out; got {len(budgets)}")
-    near = next((low for low, high in zip(budgets, budgets[1:], strict=False) if high < 1.2 * low), None)
+    near = next((low for low, high in pairwise(budgets) if high < 1.2 * low), None)
     if near is not None:
         raise TorchstoneError(f"--budgets: one and the next differ by a factor of 1.2 or more, {near:g} does not")
     cells: dict[str, Recipe] = {}
@@ -239,8 +239,8 @@ def _cells(recipe: Recipe, grid: Grid) -> dict[str, Recipe]:
             least = max(FEWEST_STEPS, recipe.schedule.warmup + 1)
             if steps < least:
                 raise TorchstoneError(
-                    f"--budgets: {budget:g} FLOPs are {steps} steps of size {size} ({each:.3g} FLOPs a token, {batch:,} "
-                    f"tokens a step), and {least} are needed"
+                    f"--budgets: {budget:g} FLOPs are {steps} steps of size {size} ({each:.3g} FLOPs a token, "
+                    f"{batch:,} tokens a step), and {least} are needed"
                 )
             patch: dict[str, Any] = {"trainer": {"steps": steps}}
             name = f"{size}-{budget:g}"

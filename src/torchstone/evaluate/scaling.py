@@ -70,7 +70,8 @@ def closed_form(layers: int, width: int, block: int) -> float:
 
 
 def flops_without_embedding(model: nn.Module, block: int) -> float:
-    """M of any model: `measure`'s operations of a training token less those of the head, every key of the block counted.
+    """M of any model: `measure`'s operations of a training token less those of the head, and with every key of the
+    block counted.
 
     Args:
         model: on any device, the meta device too.
@@ -313,8 +314,8 @@ def _power_law(x: np.ndarray, y: np.ndarray, slopes: Sequence[float] = ()) -> Po
 def fit_hyperparameters(
     points: Iterable[Point], name: str, bootstrap: int = 200, seed: int = 0
 ) -> tuple[PowerLaw, list[Point]]:
-    """The power law of the learning rate or the batch size in compute, over the trainings within 0.25 % of the best loss
-    of their budget.
+    """The power law of the learning rate or the batch size in compute, over the trainings within 0.25 % of the best
+    loss of their budget.
 
     Args:
         points: trainings with a grid of values in each budget.
