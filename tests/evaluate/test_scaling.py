@@ -70,6 +70,14 @@ def test_planted_exponents_come_back() -> None:
     assert found.flops_per_token(1e22) * found.tokens(1e22) == pytest.approx(1e22)
 
 
+def test_sizes_that_lie_off_the_minimum_bend_the_exponent_little() -> None:
+    draw, found = np.random.default_rng(0), []
+    for compute in np.geomspace(1e17, 3e20, 8):
+        for M in G * compute**EXPONENT * np.exp(np.linspace(-2, 2, 9) + draw.uniform(-0.5, 0.5)):
+            found.append(Point(M, compute / M, E + A * M**-a + B * (compute / M) ** -b))
+    assert fit_isoflop(found).flops_per_token.exponent == pytest.approx(EXPONENT, abs=5e-3)
+
+
 def test_planted_exponents_come_back_through_noise_and_intervals_cover_them() -> None:
     inside = 0
     for seed in range(8):
@@ -83,7 +91,9 @@ def test_planted_exponents_come_back_through_noise_and_intervals_cover_them() ->
 def test_a_grid_off_the_minimum_is_refused_by_its_budget() -> None:
     fine, off = planted(), planted(shift=3.0)
     mixed = [point for point in fine if point.compute < 1e20] + [point for point in off if point.compute > 1e20]
-    with pytest.raises(TorchstoneError, match=r"^budget 3e\+20 FLOPs: its loss has no minimum inside the grid of sizes"):
+    with pytest.raises(
+        TorchstoneError, match=r"^budget 3e\+20 FLOPs: its loss has no minimum inside the grid of sizes"
+    ):
         fit_isoflop(mixed)
 
 
@@ -179,7 +189,7 @@ def test_the_largest_budget_is_held_out_and_its_error_is_that_of_the_prediction(
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_numbers_that_are_none_are_refused(value: float) -> None:
-    with pytest.raises(TorchstoneError, match="here: loss is .*, must be above zero and finite"):
+    with pytest.raises(TorchstoneError, match=r"here: loss is .*, must be above zero and finite"):
         budgets_of([Point(1.0, 1.0, value, name="here")])
     with pytest.raises(TorchstoneError, match="losses in nats and in test bits per byte do not compare"):
         budgets_of([Point(1.0, 1.0, 1.0, unit="nats"), Point(1.0, 1.0, 1.0, unit="test bits per byte")])
@@ -273,7 +283,9 @@ def test_an_unfinished_run_is_left_out_with_a_word(run: Path, monkeypatch: pytes
 
 def test_records_give_compute_or_both_of_its_factors(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"compute": 6, "tokens": 3, "loss": 1}\n{"flops_per_token": 2, "tokens": 3, "loss": 1, "lr": 0.1}\n')
+    path.write_text(
+        '{"compute": 6, "tokens": 3, "loss": 1}\n{"flops_per_token": 2, "tokens": 3, "loss": 1, "lr": 0.1}\n'
+    )
     one, two = read_points([path])
     assert (one.flops_per_token, one.tokens, one.lr) == (2, 3, None) and (two.compute, two.lr) == (6, 0.1)
 
@@ -331,9 +343,9 @@ REFUSED = {
     ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,x,9"): "got 'x'",
     ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9", "--sizes", "8,16,24"): "4 or more",
     ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,1.1e9,4e9,8e9", "--sizes", "8,16,24"): "1.2",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e6,2e9,4e9,8e9", "--sizes", "8,16,24"): "1e+06 FLOPs",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,25"): "size 25: ",
-    ("fit", "--recipe", "{recipe}", "--out", "{here}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,24"): "is no sweep",
+    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e6,2e9,4e9,8e9", "--sizes", "8,16,24"): "1e+06",
+    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,25"): "size 25",
+    ("fit", "--recipe", "{recipe}", "--out", "{here}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,24"): "no sweep",
     ("suggest", "--flops", "0"): "a budget is above zero",
     ("suggest", "--flops", "many"): "--flops",
     ("suggest", "--flops", "1e20", "--block", "0"): "--block is 1 or more",

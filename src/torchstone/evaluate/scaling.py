@@ -43,6 +43,7 @@ __all__ = [
     "fit_isoflop",
     "fit_loss",
     "flops_without_embedding",
+    "minimum_of",
     "predict",
     "read_laws",
     "shape_near",
@@ -376,8 +377,12 @@ class IsoFlop:
     minima: tuple[Minimum, ...]
 
 
-def _minimum(budget: Budget) -> tuple[Minimum, np.ndarray]:
-    """The minimum of a budget's parabola, and the residuals of the losses, scaled to the noise's size."""
+def minimum_of(budget: Budget) -> tuple[Minimum, np.ndarray]:
+    """The minimum of a budget's parabola in log M, and the residuals of the losses, scaled to the noise's size.
+
+    Raises:
+        TorchstoneError: fewer than three sizes, or no minimum inside them; names the budget.
+    """
     sizes = budget.sizes
     if len(sizes) < 3:
         raise TorchstoneError(f"{budget}: has {len(sizes)} sizes of model, and a parabola needs three or more")
@@ -409,7 +414,7 @@ def fit_isoflop(points: Iterable[Point], bootstrap: int = 200, seed: int = 0) ->
     """
     budgets = budgets_of(points)
     _enough(budgets)
-    found = [_minimum(budget) for budget in budgets]
+    found = [minimum_of(budget) for budget in budgets]
     minima = [each for each, _ in found]
     noise = np.concatenate([rest for _, rest in found])
     x, y = np.log([each.compute for each in minima]), np.log([each.flops_per_token for each in minima])
