@@ -330,6 +330,7 @@ def test_suggest_says_what_the_paper_says(cli: Cli) -> None:
     assert "learning rate  0.000424" in cli("scale", "suggest", "--flops", "8.456e22").out
 
 
+SWEEP = ("--recipe", "{recipe}", "--out", "{out}")
 REFUSED = {
     ("fit",): "needs runs or files of trainings, or --recipe",
     ("fit", "nowhere"): "cannot read 'nowhere'",
@@ -338,14 +339,14 @@ REFUSED = {
     ("fit", "{file}", "--jobs", "0"): "--jobs and --seeds are 1 or more",
     ("fit", "{file}", "--out", "{file}"): "is a file, not a folder",
     ("fit", "--recipe", "{recipe}", "--sizes", "8,16,24", "--budgets", "1e9"): "--recipe needs --out",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--sizes", "8,16"): "--budgets: needs numbers above zero",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16"): "three sizes",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,x,9"): "got 'x'",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9", "--sizes", "8,16,24"): "4 or more",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,1.1e9,4e9,8e9", "--sizes", "8,16,24"): "1.2",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e6,2e9,4e9,8e9", "--sizes", "8,16,24"): "1e+06",
-    ("fit", "--recipe", "{recipe}", "--out", "{out}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,25"): "size 25",
-    ("fit", "--recipe", "{recipe}", "--out", "{here}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,24"): "no sweep",
+    ("fit", *SWEEP, "--sizes", "8,16"): "--budgets: needs numbers above zero",
+    ("fit", *SWEEP, "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16"): "three sizes",
+    ("fit", *SWEEP, "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,x,9"): "got 'x'",
+    ("fit", *SWEEP, "--budgets", "1e9,2e9,4e9", "--sizes", "8,16,24"): "4 or more",
+    ("fit", *SWEEP, "--budgets", "1e9,1.1e9,4e9,8e9", "--sizes", "8,16,24"): "1.2",
+    ("fit", *SWEEP, "--budgets", "1e6,2e9,4e9,8e9", "--sizes", "8,16,24"): "1e+06",
+    ("fit", *SWEEP, "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,25"): "size 25",
+    ("fit", *SWEEP[:3], "{here}", "--budgets", "1e9,2e9,4e9,8e9", "--sizes", "8,16,24"): "no sweep",
     ("suggest", "--flops", "0"): "a budget is above zero",
     ("suggest", "--flops", "many"): "--flops",
     ("suggest", "--flops", "1e20", "--block", "0"): "--block is 1 or more",
