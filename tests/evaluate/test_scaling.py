@@ -320,6 +320,10 @@ def test_fit_prints_writes_and_can_be_asked(cli: Cli, tmp_path: Path) -> None:
     assert abs(whole["held_out"]["error"]) < 2e-3
     laws = read_laws(out / "scaling.json")
     asked = json.loads(cli("scale", "suggest", "--flops", "1e21", "--laws", out / "scaling.json", "--json").out)
+    for other in ("[]", "{}", json.dumps({**whole, "tokens": {"coefficient": "x", "exponent": 1}})):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(TorchstoneError, match=r"other.json: no scaling.json of `scale fit`"):
+            read_laws(tmp_path / "other.json")
     assert asked["tokens"] == laws["tokens"](1e21) and asked["lr"] is None
     assert "no law" in cli("scale", "suggest", "--flops", "1e21", "--laws", out / "scaling.json").out
 

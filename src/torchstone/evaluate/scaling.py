@@ -81,12 +81,13 @@ def flops_without_embedding(model: nn.Module, block: int) -> float:
     causal = getattr(model, "decoder", None) is not None
     # a causal token of a block of 2 l - 1 sees l keys on average, which is what the paper counts for all of them
     whole = measure(model, 2 * block - 1 if causal else block).flops_per_token
-    head, embedding = getattr(model, "head", None), getattr(model, "embedding", None)
+    head: Any = getattr(model, "head", None)
+    embedding: Any = getattr(model, "embedding", None)
     if head is None:
         return whole
-    tied = embedding is not None and getattr(head, "out", head) is None
+    table = embedding.table() if embedding is not None and getattr(head, "out", head) is None else None
     matrices = sum(weight.numel() for weight in head.parameters() if weight.dim() > 1)
-    return whole - 6.0 * (matrices + (embedding.table().numel() if tied else 0))  # type: ignore[operator]
+    return whole - 6.0 * (matrices + (0 if table is None else table.numel()))
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,9 @@ def read_laws(path: Path) -> dict[str, PowerLaw]:
     """
     body = read_json(path)
     try:
-        laws = {name: PowerLaw(**body[name]) for name in DEEPSEEK if body[name] is not None}
-    except (KeyError, TypeError):
+        numbers = {name: body[name] for name in DEEPSEEK if body[name] is not None}
+        laws = {name: PowerLaw(float(x["coefficient"]), float(x["exponent"])) for name, x in numbers.items()}
+    except (KeyError, TypeError, ValueError):
         raise TorchstoneError(f"{path}: no scaling.json of `scale fit`") from None
     if not laws:
         raise TorchstoneError(f"{path}: has a law of the loss only, which suggests nothing")
