@@ -185,15 +185,16 @@ class _Study:
     seeds: int
     depth: int = 2
     block: int = 64
-    batch: int = 8
-    lr: float = 4e-3
+    batch: int = 16
+    lr: float = 8e-3
+    std: float = 0.1
     warmup: int = 20
     precision: str = "fp32"
 
 
 _STUDIES = {
-    "quick": _Study(budgets=(1e10, 2e10, 4e10, 8e10), widths=(16, 32, 64), seeds=1),
-    "evidence": _Study(budgets=(6e10, 1.2e11, 2.4e11, 4.8e11), widths=(16, 24, 32, 48, 64), seeds=5),
+    "quick": _Study(budgets=(8e9, 1.6e10, 3.2e10, 6.4e10), widths=(16, 24, 32), seeds=1),
+    "evidence": _Study(budgets=(3e10, 6e10, 1.2e11, 2.4e11), widths=(16, 24, 32, 48), seeds=5),
     "gpu": _Study(
         budgets=(1e16, 3e16, 1e17, 3e17),
         widths=(256, 384, 512, 768, 1024),
@@ -202,6 +203,7 @@ _STUDIES = {
         block=1024,
         batch=32,
         lr=1e-3,
+        std=0.02,
         warmup=200,
         precision="bf16",
     ),
@@ -218,11 +220,12 @@ def _isoflop(scale: Scale, first: int) -> Measured:
                 "attention": {"kind": "softmax", "heads": 2},
                 "position": "rotary",
                 "ffn": "swiglu",
+                "residual": {"kind": "pre", "std": study.std},
             },
             "data": {"corpus": "packages", "tokenizer": "bytes", "block": study.block},
             "optimizer": {"kind": "adamw", "lr": study.lr, "betas": [0.9, 0.95], "weight_decay": 0.1},
             "schedule": {**_MULTI_STEP, "warmup": study.warmup},
-            **one_thread(10**6, study.batch, blocks=8, test_blocks=1024),
+            **one_thread(10**6, study.batch, blocks=8, test_blocks=512),
         },
         [{"trainer": {"precision": study.precision}}],
     )
@@ -259,6 +262,7 @@ _isoflop.builds = (  # type: ignore[attr-defined]
     "torchstone.compare.sweep",
     "torchstone.evaluate.scaling",
     "torchstone.model.attention.softmax",
+    "torchstone.model.residual.pre",
     "torchstone.model.position.rotary",
     "torchstone.model.feedforward.swiglu",
     "torchstone.train.optimizers.adamw",
@@ -268,7 +272,7 @@ _isoflop.builds = (  # type: ignore[attr-defined]
 ISOFLOP = Claim(
     id="isoflop",
     kind="behaviour",
-    text="Of four budgets, each twice the one before, three or more have their lowest loss inside a grid of five sizes "
+    text="Of four budgets, each twice the one before, three or more have their lowest loss inside a grid of four sizes "
     "of a byte model; the best M grows as a power of compute between 0.3 and 0.7; and a power law with an irreducible "
     "term through the three smaller ones predicts the largest one's best loss within 2 %, which its neighbour's does "
     "not.",
