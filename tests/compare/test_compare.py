@@ -17,7 +17,7 @@ import torchstone
 from torchstone.compare import Metric, Options, Result, compare_functions, compare_recipes, from_axes, from_file
 from torchstone.compare.cost import Estimate, same_time
 from torchstone.compare.match import inner_parameters, match
-from torchstone.compare.matrix import _locked
+from torchstone.compare.matrix import locked
 from torchstone.compare.options import grid_of, numbers_of, one_of, seconds_of
 from torchstone.compare.pool import run_all
 from torchstone.compare.variants import split_values
@@ -153,7 +153,7 @@ def test_another_comparison_or_a_second_process_is_refused_in_the_same_folder(
     other = from_axes(recipe, ["model.position=rotary,none"])
     with pytest.raises(TorchstoneError, match="holds another comparison"):
         compare_recipes(other, out, Options(seeds=(0, 1, 2)), lambda text: None)
-    with _locked(tmp_path / "held"), pytest.raises(TorchstoneError, match="another comparison is at work there"):
+    with locked(tmp_path / "held"), pytest.raises(TorchstoneError, match="another comparison is at work there"):
         compare_recipes(other, tmp_path / "held", Options(), lambda text: None)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "thesis.tex").write_text("")

@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their schema.")
 app.add_typer(recipe_app, name="recipe")
+scale_app = typer.Typer(no_args_is_help=True, help="Scaling laws: fit them to trainings, ask them what to train.")
+app.add_typer(scale_app, name="scale")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
 Attention = Annotated[
@@ -488,6 +490,103 @@ def recipe_schema() -> None:
     from torchstone.spec import json_schema
 
     _print_json(json_schema(Recipe))
+
+
+@scale_app.command("fit")
+def scale_fit(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE|FIELD=VALUE]...",
+            help="Runs, folders of runs, files of JSON objects a line; with --recipe, overrides of it.",
+        ),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Train a sweep of this recipe.")] = None,
+    budgets: Annotated[
+        str, typer.Option(help="With --recipe: FLOPs without embedding, as in 1e12,2e12,4e12,8e12.")
+    ] = "",
+    sizes: Annotated[str, typer.Option(help="With --recipe: WIDTH or WIDTHxDEPTH, as in 32x2,48x2,64x3.")] = "",
+    lr: Annotated[str | None, typer.Option("--lr", help="With --recipe: a grid of peak learning rates.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", help="With --recipe: a grid of sequences a batch.")] = None,
+    seeds: Annotated[int, typer.Option(help="With --recipe: seeds of every cell, averaged.")] = 1,
+    jobs: Annotated[int, typer.Option(help="With --recipe: cells trained at once.")] = 1,
+    bootstrap: Annotated[int, typer.Option(help="Draws for intervals.")] = 200,
+    out: Annotated[Path | None, typer.Option("--out", help="Where scaling.json, plots and a sweep's cells go.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit loss, batch size, learning rate, model scale and tokens as power laws of compute, and predict the largest."""
+    from torchstone.compare.sweep import read_points, sizes_of, sweep
+    from torchstone.errors import TorchstoneError
+    from torchstone.evaluate.scaling import fit
+    from torchstone.evaluate.scaling_report import text_of, write_report
+
+    if bootstrap < 0 or jobs < 1 or seeds < 1:
+        raise TorchstoneError("scale fit: --jobs and --seeds are 1 or more, --bootstrap 0 or more")
+    if out is not None and out.is_file():
+        raise TorchstoneError(f"{out}: is a file, not a folder")
+    if recipe is None:
+        if budgets or sizes or lr or batch:
+            raise TorchstoneError("scale fit: --budgets, --sizes, --lr and --batch need --recipe, what is swept")
+        if not sources:
+            raise TorchstoneError("scale fit: needs runs or files of trainings, or --recipe to train a sweep")
+        points = read_points(sources)
+    else:
+        from torchstone.compare.options import numbers_of, whole_numbers_of
+        from torchstone.compare.sweep import Grid
+        from torchstone.recipe import load_recipe
+
+        if out is None:
+            raise TorchstoneError("scale fit: --recipe needs --out, the sweep's folder")
+        grid = Grid(
+            numbers_of("--budgets", budgets),
+            sizes_of(sizes),
+            () if lr is None else numbers_of("--lr", lr),
+            () if batch is None else whole_numbers_of("--batch", batch),
+            tuple(range(seeds)),
+        )
+        points = sweep(load_recipe(recipe, sources or []), grid, out, jobs)
+    found = fit(points, bootstrap)
+    if out is not None:
+        write_report(found, out)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        print(text_of(found))
+
+
+@scale_app.command("suggest")
+def scale_suggest(
+    flops: Annotated[float, typer.Option("--flops", help="Compute C = M D, without embedding and head.")],
+    laws: Annotated[
+        Path | None, typer.Option(help="A scaling.json of `scale fit`, instead of DeepSeek's laws.")
+    ] = None,
+    block: Annotated[int, typer.Option(help="Tokens of a sequence, for the example of a model.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Say what learning rate, batch, model scale and tokens a budget asks for."""
+    from dataclasses import asdict
+
+    from torchstone.errors import TorchstoneError
+    from torchstone.evaluate.scaling import DEEPSEEK, closed_form, read_laws, shape_near, suggest
+
+    if block < 1:
+        raise TorchstoneError("scale suggest: --block is 1 or more")
+    found = suggest(flops, DEEPSEEK if laws is None else read_laws(laws))
+    shape = None if found.flops_per_token is None else shape_near(found.flops_per_token, block)
+    if as_json:
+        _print_json({**asdict(found), "example": shape and {"depth": shape[0], "width": shape[1], "block": block}})
+        return
+    for name, value, unit in (
+        ("learning rate", found.lr, ""),
+        ("batch", found.batch, " tokens"),
+        ("model scale M", found.flops_per_token, " FLOPs/token"),
+        ("tokens D", found.tokens, ""),
+    ):
+        print(f"{name:<14} {'no law' if value is None else f'{value:.4g}{unit}'}")
+    if shape is not None:
+        depth, width = shape
+        size = closed_form(depth, width, block)
+        print(f"{'example':<14} depth {depth}, width {width}, block {block}: {size:.4g} FLOPs/token")
 
 
 @app.command()

@@ -38,7 +38,16 @@ from torchstone.files import full_disk, read_json, write_bytes, write_json
 from torchstone.recipe import Recipe, parse_override
 from torchstone.train.environment import choose_device, choose_precision, choose_threads, environment
 
-__all__ = ["Estimate", "Options", "compare_functions", "compare_recipes", "settled", "train_variants"]
+__all__ = [
+    "Estimate",
+    "Options",
+    "compare_functions",
+    "compare_recipes",
+    "locked",
+    "run_cells",
+    "settled",
+    "train_variants",
+]
 
 _TUNING_SEEDS = 500_000
 """First seed of tuning: no report uses it."""
@@ -101,7 +110,7 @@ def train_variants(
         variants = match([replace(v, recipe=sized(v.recipe)) for v in variants], options.match, options.tolerance)
     variants = [replace(v, recipe=settled(v.recipe)) for v in variants]
     folder = Path(out)
-    with _locked(folder):
+    with locked(folder):
         _claim(folder, variants, options)
         for description in dict.fromkeys(_prepare(variant.recipe) for variant in variants):
             say(description)
@@ -213,7 +222,7 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Only one comparison at work in a folder.
 
     Raises:
@@ -276,7 +285,7 @@ def _seeded(recipe: Recipe, seed: int, factor: float = 1.0) -> Recipe:
     return recipe.override({"trainer": {"seed": seed, "steps": steps}})
 
 
-def _run(
+def run_cells(
     wanted: Sequence[tuple[str, Recipe, Path]], options: Options, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Results of cells, those that were finished before without training."""
@@ -351,7 +360,7 @@ def _cells(
                 path = folder / "cells" / variant.folder / f"steps-{recipe.trainer.steps}" / f"seed-{seed}"
                 wanted.append((f"{variant.name} seed {seed}", recipe, path))
                 places.append((arm, factor, seed))
-    for (arm, factor, seed), result in zip(places, _run(wanted, options, say), strict=True):
+    for (arm, factor, seed), result in zip(places, run_cells(wanted, options, say), strict=True):
         arm.cells.setdefault(factor, {})[seed] = result
     return arms
 
@@ -374,7 +383,7 @@ def _tune(
                     wanted.append((f"{variant.name} {path}={value:g}", _seeded(recipe, seed), where))
                     places.append((variant.name, value))
         losses: dict[tuple[str, float], list[float]] = {}
-        for place, result in zip(places, _run(wanted, options, say), strict=True):
+        for place, result in zip(places, run_cells(wanted, options, say), strict=True):
             loss = result.get("valid_loss") if result.get("status") == "done" else None
             losses.setdefault(place, []).append(math.inf if loss is None else loss)
         for (name, value), found in losses.items():
