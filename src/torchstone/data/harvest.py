@@ -282,7 +282,7 @@ class Classifier:
         share_G = (count / len(grams)).astype(np.float32)
         e_GD = self._e_GD[g]
         h_D = share_G @ e_GD
-        pull = np.float32(lr * (label - 1 / (1 + np.exp(-float(h_D @ self._w_D)))))
+        pull = np.float32(lr * (label - (1 + np.tanh(float(h_D @ self._w_D) / 2)) / 2))
         self._e_GD[g] = e_GD + np.outer(pull * share_G, self._w_D)
         self._w_D = self._w_D + pull * h_D
 
