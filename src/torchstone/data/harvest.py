@@ -310,7 +310,9 @@ def read_patterns(path: Path) -> dict[str, list[str]]:
     if not isinstance(data, dict):
         raise TorchstoneError(f"{path}: a JSON object of host -> patterns is needed, not {type(data).__name__}")
     for host, patterns in data.items():
-        if not isinstance(patterns, list) or not all(isinstance(one, str) and one[:1] in ("/", "*") for one in patterns):
+        if not isinstance(patterns, list) or not all(
+            isinstance(one, str) and one[:1] in ("/", "*") for one in patterns
+        ):
             raise TorchstoneError(f"{path}: {host}: a list of patterns is needed, each of which begins with / or *")
     return {host.lower(): patterns for host, patterns in data.items()}
 
