@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -17,7 +17,6 @@ import pytest
 
 from torchstone.data.corpora.jsonl import JsonlSpec
 from torchstone.data.harvest import Classifier, HarvestSpec, Pages, Round, hashed, prefixes, read_patterns, rounds
-from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.spec import validate
 
@@ -48,9 +47,9 @@ def files(tmp_path: Path) -> tuple[str, str]:
     return write(tmp_path / "crawl.jsonl", crawl), write(tmp_path / "seed.jsonl", seed)
 
 
-def run(crawl: str, seed: str, patterns: Any = None, **fields: object) -> tuple[Pages, list[Round]]:
+def run(crawl: str, known: str, patterns: Any = None, **fields: object) -> tuple[Pages, list[Round]]:
     spec = validate(HarvestSpec, {**QUICK, **fields})
-    pages = Pages([crawl, seed], spec)
+    pages = Pages([crawl, known], spec)
     size = sum(number == 0 for number in pages.file)
     return pages, list(rounds(pages, size, spec, patterns))
 
@@ -119,7 +118,7 @@ def test_the_rounds_find_code_and_a_seed_holds_the_one_before(files: tuple[str, 
     fields = {"keep": 0.08, "pattern_threshold": 0.4}
     pages, found = run(*files, **fields)
     code = np.array(["/src/" in url for url in pages.urls[:200]])
-    for one, two in zip(found, found[1:], strict=False):
+    for one, two in itertools.pairwise(found):
         assert two.seed.tolist() == [*one.seed.tolist(), *one.joined.tolist()]
         assert (two.collected >= one.collected).all() and not one.collected[two.joined].any()
     assert [len(one.kept) for one in found] == [16, 16, 16] and len(found[0].joined)
@@ -168,8 +167,8 @@ def test_prefixes_are_the_outermost_folders_collected_throughout() -> None:
     assert prefixes(paths, [True, True, False, False] * 2 + [False] * 4, 0.5) == []  # exactly half
     assert prefixes(["/a?x=1/y/z", "/b", "/c"], [True] * 3, 0.5) == ["/*"]  # a query is no folder
     assert prefixes(["/x/1", "/x/2"], [True] * 2, 0.5) == []  # two pages say nothing
-    assert prefixes(["/[x]*/%d" % n for n in range(3)] + ["/y/%d" % n for n in range(3)], [True] * 3 + [False] * 3, 0.5) \
-        == ["/[[]x][*]/*"]  # fmt: skip
+    odd = [f"/[x]*/{n}" for n in range(3)] + [f"/y/{n}" for n in range(3)]
+    assert prefixes(odd, [True] * 3 + [False] * 3, 0.5) == ["/[[]x][*]/*"]
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -195,7 +194,10 @@ def test_the_command_writes_rows_that_a_corpus_reads(
 def test_another_process_finds_the_same_with_a_tokenizer_that_it_trains(
     cli: Callable[..., Any], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    code = "import sys\nfrom torchstone.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom torchstone.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+    )
     asked = ["harvest", files[0], "--seed", files[1], "--rounds", "2", "--json", "--out"]
     said = cli(*asked, tmp_path / "here.jsonl")
     command = [sys.executable, "-c", code, *asked, str(tmp_path / "there.jsonl")]

@@ -1,17 +1,18 @@
-"""Iterative harvesting: pages of a topic from a crawl, round by round, from a few pages of it (DeepSeek-Coder-V2, Zhu et
-al. 2024, arXiv 2406.11931, section 2; the pipeline is DeepSeekMath's, Shao et al. 2024, arXiv 2402.03300, section 2.1).
+"""Iterative harvesting: pages of a topic from a crawl, round by round, from a few pages of it (DeepSeek-Coder-V2, Zhu
+et al. 2024, arXiv 2406.11931, section 2; the pipeline is DeepSeekMath's, Shao et al. 2024, arXiv 2402.03300, section
+2.1).
 
     classifier: the seed's pages against as many random pages of the crawl
     kept:       the share `keep` of the crawl that it scores highest
     domains:    hosts of which more than `domain_threshold` of the pages are collected
-    joined:     pages of these domains under their url patterns, not yet collected: they are collected, and seed from now on
+    joined:     pages of these domains under their url patterns, not yet collected: collected, and seed from now on
 
 The papers' people read the domains and wrote the patterns. Here a file gives them, or prefixes of paths are proposed of
 which most pages are collected. What was collected is the union of what all rounds kept and joined.
 
 The classifier is fastText's: a page is the mean of the embeddings of its hashed n-grams, and a logistic unit reads it.
-n-grams below `min_count` in the training texts count for nothing, hashed or not; fastText leaves those that it hashes at
-their random start.
+n-grams below `min_count` in the training texts count for nothing; fastText hashes the longer ones and leaves what it
+never saw at its random start.
 
 The crawl is read from disk in each round. Memory holds urls, offsets and scores of its pages, and the classifier.
 """
@@ -65,8 +66,8 @@ class HarvestSpec(Spec):
     rounds: int = Field(3, ge=1)
     """Rounds of training, scoring and joining; the paper's were 3 for the web and 2 for repositories."""
     keep: float = Field(0.05, gt=0, le=1)
-    """Share of the crawl that a round keeps, those of the highest scores. The papers kept the tokens that helped most in
-    trainings of a small model."""
+    """Share of the crawl that a round keeps, those of the highest scores. The papers kept the tokens that helped most
+    in trainings of a small model."""
     domain_threshold: float = Field(0.1, ge=0, le=1)
     """Share of a domain's pages above which, and not at which, it is one of the topic."""
     pattern_threshold: float = Field(0.5, ge=0, le=1)
@@ -326,8 +327,8 @@ def prefixes(paths: Sequence[str], collected: Sequence[bool], threshold: float) 
     """The folders of a site of whose pages a share above `threshold` is collected, as patterns.
 
     A folder that holds another one of three pages or more, whose own share is not above it, is not proposed as a whole:
-    that one is left out, and the others below it are looked at each by itself. So the outermost folders are found that are
-    collected throughout.
+    that one is left out, and the others below it are looked at each by itself. So the outermost folders are found
+    that are collected throughout.
     """
     least = Fraction(str(threshold))
     pages: Counter[str] = Counter()
@@ -336,7 +337,7 @@ def prefixes(paths: Sequence[str], collected: Sequence[bool], threshold: float) 
     for path, hit in zip(paths, collected, strict=True):
         steps = path.partition("?")[0].split("/")[:-1]
         folders = ["/".join(steps[: n + 1]) + "/" for n in range(len(steps))] or ["/"]
-        for outer, inner in zip(folders, folders[1:], strict=False):
+        for outer, inner in itertools.pairwise(folders):
             below[outer].add(inner)
         pages.update(folders)
         hits.update(folders if hit else [])
@@ -347,11 +348,11 @@ def prefixes(paths: Sequence[str], collected: Sequence[bool], threshold: float) 
     found, left = [], ["/"]
     while left:
         folder = left.pop()
-        inner = [name for name in below[folder] if pages[name] >= _LEAST]
-        if pages[folder] >= _LEAST and high(folder) and all(map(high, inner)):
+        large = [name for name in below[folder] if pages[name] >= _LEAST]
+        if pages[folder] >= _LEAST and high(folder) and all(map(high, large)):
             found.append(f"{glob.escape(folder)}*")
         else:
-            left += inner
+            left += large
     return sorted(found)
 
 

@@ -1,5 +1,5 @@
-"""DeepSeek-Coder-V2's claim about its data (Zhu et al. 2024, arXiv 2406.11931, section 2): what rounds of harvesting find
-beyond one classifier."""
+"""DeepSeek-Coder-V2's claim about its data (Zhu et al. 2024, arXiv 2406.11931, section 2): what rounds of harvesting
+find beyond one classifier."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class _Web:
 
 def _web(texts: _Texts, sites: int, seed: int) -> _Web:
     """A fifth of the sites hold code on 40 of 50 pages, a tenth on 15, the others on none; on a site, code lies in one
-    folder and all else in others. A site tells of a few modules, one of two sites in source for the most part, the other
-    in docstrings. Of all pages of code, 3 % are known; they lie on 5 sites."""
+    folder and all else in others. A site tells of a few modules, one of two sites in source for the most part, the
+    other in docstrings. Of all pages of code, 3 % are known; they lie on 5 sites."""
     rng = random.Random(seed)
     urls, bodies, code, coders = [], [], [], []
     for site in range(sites):
@@ -164,8 +164,8 @@ _FIELDS = {"keep": 0.1, "pattern_threshold": 0.2}
 
 
 def _tuned(texts: _Texts, size: _Size, seed: int) -> tuple[float, float]:
-    """The learning rates of most recall: of a harvest whose precision is 0.9 or more, and of one shot at the precision of
-    that harvest."""
+    """The learning rates of most recall: of a harvest whose precision is 0.9 or more, and of one shot at the precision
+    of that harvest."""
     if len(size.grid) == 1:
         return size.grid[0], size.grid[0]
     web = _web(texts, size.tuning_sites, seed)
@@ -216,8 +216,8 @@ HARVEST = Claim(
     kind="behaviour",
     text="From 3 % of the pages of code, on 5 of 400 sites, three rounds of harvesting find at least 10 points more of "
     "all pages of code than the classifier of the first round alone cut off, with the answers at hand, at the same "
-    "precision, which is 0.9 or more; each at the best of three learning rates. Code (source and docstrings of Python's "
-    "library) lies in a folder of its own on a fifth of the sites for the most part and on a tenth in part; the other "
+    "precision, which is 0.9 or more; each at the best of three learning rates. Code (source and docstrings of Python's library) "
+    "lies in a folder of its own on a fifth of the sites for the most part and on a tenth in part; the other "
     "pages are sentences of docstrings. Patterns are proposed, not annotated. One shot at precision 0.9 is measured "
     "beside it and no part of the claim.",
     figure="rounds of harvesting, 3 for the web, find 70 billion tokens of code and 221 billion of mathematics",
