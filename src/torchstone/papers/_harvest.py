@@ -216,10 +216,10 @@ HARVEST = Claim(
     kind="behaviour",
     text="From 3 % of the pages of code, on 5 of 400 sites, three rounds of harvesting find at least 10 points more of "
     "all pages of code than the classifier of the first round alone cut off, with the answers at hand, at the same "
-    "precision, which is 0.9 or more; each at the best of three learning rates. Code (source and docstrings of Python's library) "
-    "lies in a folder of its own on a fifth of the sites for the most part and on a tenth in part; the other "
-    "pages are sentences of docstrings. Patterns are proposed, not annotated. One shot at precision 0.9 is measured "
-    "beside it and no part of the claim.",
+    "precision, which is 0.9 or more; each at the best of three learning rates. Code (source and docstrings of the "
+    "running Python's library) lies in a folder of its own, on a fifth of the sites for the most part and on a tenth in "
+    "part; all other pages are sentences of docstrings. Patterns are proposed, not annotated. One shot at precision 0.9 "
+    "is measured beside it and no part of the claim.",
     figure="rounds of harvesting, 3 for the web, find 70 billion tokens of code and 221 billion of mathematics",
     gates=(
         Effect(
