@@ -194,9 +194,10 @@ def _harvest(scale: Scale, first: int) -> Measured:
         if seed < first + size.control_seeds:
             again = _harvested(web, web.seed, 1, lr_once, seed + 100_000)[0]
             values.setdefault("one shot again", {})[seed] = _one_shot(web, again.scores, precision)
-            any_pages = random.Random(seed).sample(range(len(web.urls)), len(web.seed))
-            lost = _harvested(web, any_pages, _ROUNDS, lr, seed, **_FIELDS)[-1]
-            values.setdefault("seed of random pages", {})[seed] = _quality(web, lost.collected)[0]
+            # Among random pages of both kinds, chance says which one the seed has more of, and rounds amplify that.
+            prose = random.Random(seed).sample(np.flatnonzero(~web.code).tolist(), len(web.seed))
+            lost = _harvested(web, prose, _ROUNDS, lr, seed, **_FIELDS)[-1]
+            values.setdefault("seed of random prose", {})[seed] = _quality(web, lost.collected)[0]
     numbers = {
         "lowest precision of a harvest": min(values[f"precision after round {_ROUNDS}"].values()),
         "learning rate of a harvest": lr,
@@ -217,9 +218,9 @@ HARVEST = Claim(
     text="From 3 % of the pages of code, on 5 of 400 sites, three rounds of harvesting find at least 10 points more of "
     "all pages of code than the classifier of the first round alone cut off, with the answers at hand, at the same "
     "precision, which is 0.9 or more; each at the best of three learning rates. Code (source and docstrings of the "
-    "running Python's library) lies in a folder of its own, on a fifth of the sites for the most part and on a tenth in "
-    "part; all other pages are sentences of docstrings. Patterns are proposed, not annotated. One shot at precision 0.9 "
-    "is measured beside it and no part of the claim.",
+    "running Python's library) lies in a folder of its own, on a fifth of the sites for the most part and on a tenth "
+    "in part; all other pages are sentences of docstrings. Patterns are proposed, not annotated. One shot at precision "
+    "0.9 is measured beside it and no part of the claim.",
     figure="rounds of harvesting, 3 for the web, find 70 billion tokens of code and 221 billion of mathematics",
     gates=(
         Effect(
@@ -228,7 +229,7 @@ HARVEST = Claim(
             "one shot",
             margin=0.10,
             null="one shot again",
-            sabotage="seed of random pages",
+            sabotage="seed of random prose",
             lower_is_better=False,
         ),
         Number("lowest precision of a harvest", low=0.9),
