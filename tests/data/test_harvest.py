@@ -133,6 +133,15 @@ def test_the_rounds_find_code_and_a_seed_holds_the_one_before(files: tuple[str, 
     assert not np.array_equal(found[0].scores, other[0].scores)
 
 
+def test_pages_without_a_known_ngram_are_not_kept(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    crawl = [{"url": f"http://a{p}.org", "text": text(rng, True) if p % 2 else ""} for p in range(20)]
+    paths = write(tmp_path / "c.jsonl", crawl), write(tmp_path / "s.jsonl", [{**crawl[1], "url": "http://b.org"}])
+    _, (found,) = run(*paths, rounds=1, keep=1.0, patterns={}, min_count=1)
+    assert found.kept.tolist() == list(range(1, 20, 2)) and len(found.domains) == 10
+    assert found.to_dict()["lowest_logit"] == min(found.scores[1::2])
+
+
 @pytest.mark.parametrize(("threshold", "chosen"), [(0.29, []), (0.28, ["a.org"]), (0.3, [])])
 def test_a_domain_at_the_threshold_is_not_selected(tmp_path: Path, threshold: float, chosen: list[str]) -> None:
     rng = random.Random(0)

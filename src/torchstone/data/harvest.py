@@ -367,7 +367,7 @@ class Round:
         number: from 1.
         seed: rows of the pages that the classifier took for the topic.
         scores: float64 (crawl,): its logits.
-        kept: rows of the highest.
+        kept: rows of the highest; none without a known n-gram.
         domains: those of the topic.
         patterns: by domain, those that were used.
         joined: rows of the pages under them that were not collected before.
@@ -385,12 +385,11 @@ class Round:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: a round of the report."""
-        lowest = float(self.scores[self.kept].min())
         return {
             "round": self.number,
             "seed": len(self.seed),
             "kept": len(self.kept),
-            "lowest_logit": lowest if np.isfinite(lowest) else None,
+            "lowest_logit": float(self.scores[self.kept].min()) if len(self.kept) else None,
             "domains": self.domains,
             "patterns": self.patterns,
             "joined": len(self.joined),
@@ -430,7 +429,8 @@ def rounds(pages: Pages, crawl: int, spec: HarvestSpec, patterns: Patterns | Non
         labels = np.repeat([1, 0], [len(seed), len(negatives)])
         classifier = Classifier(pages, training, labels, tokenizer, spec, key.fold("classifier", number))
         scores = classifier.scores(pages, rows)
-        kept = np.sort(np.argsort(-scores, kind="stable")[: max(1, int(spec.keep * crawl))])
+        best = np.argsort(-scores, kind="stable")[: max(1, int(spec.keep * crawl))]
+        kept = np.sort(best[np.isfinite(scores[best])])
         collected[kept] = True
 
         hits = np.bincount(domain[collected], minlength=len(pages.hosts))
@@ -478,7 +478,7 @@ def harvest(
     report: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Collect pages of a topic into a file that `corpus: jsonl` reads. When it raises, no file has changed.
+    """Collect pages of a topic into a file that `corpus: jsonl` reads. Each file is written whole or stays as it was.
 
     Args:
         crawl: JSON-lines files of pages, folders of these or globs.
