@@ -185,6 +185,7 @@ LONG = {
     "compare.md",
     "evaluate.md",
     "getting-started.md",
+    "harvest.md",
     "hugging-face.md",
     "longmem.md",
     "multi-token-prediction.md",

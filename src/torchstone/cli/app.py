@@ -420,6 +420,62 @@ def evaluate(
 
 
 @app.command()
+def harvest(
+    crawl: Annotated[
+        list[str] | None, typer.Argument(metavar="CRAWL...", help="JSON lines of pages: files, folders, globs.")
+    ] = None,
+    seed: Annotated[str | None, typer.Option("--seed", help="JSON lines of some pages of the topic.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the collected pages go, as JSON lines.")] = None,
+    patterns: Annotated[
+        Path | None,
+        typer.Option("--patterns", help="JSON: host -> url patterns of the topic; without it they are proposed."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write what each round did to this file.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of training, scoring and joining.")] = 3,
+    keep: Annotated[float, typer.Option(help="Share of the crawl that a round keeps, by score.")] = 0.05,
+    domain_threshold: Annotated[float, typer.Option(help="A domain is of the topic above this collected share.")] = 0.1,
+    pattern_threshold: Annotated[float, typer.Option(help="A prefix is proposed above this collected share.")] = 0.5,
+    tokenizer: Annotated[
+        str, typer.Option(help="A run's folder or a tokenizer.json; bpe learns one from the first round's texts.")
+    ] = "bpe",
+    url_field: Annotated[str, typer.Option(help="Field that holds the address.")] = "url",
+    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    lr: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 0.1,
+    epochs: Annotated[int, typer.Option(help="Epochs of the classifier.")] = 3,
+    random_seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Collect pages of a topic from a crawl, round by round, from a few pages of it."""
+    import os
+
+    from torchstone.data.harvest import HarvestSpec
+    from torchstone.data.harvest import harvest as collect
+    from torchstone.errors import TorchstoneError
+    from torchstone.spec import validate
+
+    if not crawl or seed is None or out is None:
+        raise TorchstoneError("harvest: needs files of a crawl, --seed, pages of the topic, and --out, a file")
+    given = {
+        "rounds": rounds,
+        "keep": keep,
+        "domain_threshold": domain_threshold,
+        "pattern_threshold": pattern_threshold,
+        "tokenizer": {"kind": "file", "path": tokenizer} if os.path.exists(tokenizer) else tokenizer,
+        "url": url_field,
+        "text": text_field,
+        "lr": lr,
+        "epochs": epochs,
+        "seed": random_seed,
+    }
+    spec = validate(HarvestSpec, given, "harvest")
+    told = collect(crawl, seed, out, spec, patterns, report, say=lambda text: print(text, file=sys.stderr))
+    if as_json:
+        _print_json(told)
+    else:
+        print(out)
+
+
+@app.command()
 def inspect(
     what: Annotated[str, typer.Argument(help="A built-in recipe, a YAML file, a run directory or a preset (gpt2).")],
     overrides: Overrides = None,

@@ -15,6 +15,7 @@ import torch
 from torchstone.interop.presets import preset
 from torchstone.model.measure import measure
 from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale
+from torchstone.papers._harvest import HARVEST
 from torchstone.recipe import load_recipe
 from torchstone.train import train
 from torchstone.train.run import RunFolder
@@ -236,5 +237,5 @@ PAPER = Paper(
     parts=("data.mixture",),
     summary="A half-trained DeepSeek-V2 goes on with six trillion tokens that are mostly code and mathematics, "
     "gathered round by round from the web, and keeps its language by three tenths of the old texts.",
-    claims=(SIZES, REPLAY),
+    claims=(SIZES, HARVEST, REPLAY),
 )
