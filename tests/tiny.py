@@ -77,7 +77,7 @@ def resolved(data: Recipe | dict[str, Any]) -> tuple[Recipe, Any]:
 def trainer(data: dict[str, Any], dtype: torch.dtype = torch.float32, **fields: Any) -> Trainer:
     """A trainer in memory, without a run directory."""
     full, prepared = resolved(data)
-    objective = _objective(full, _facts(prepared.tokenizer)).to(dtype)
+    objective = _objective(full, _facts(prepared.tokenizer, full)).to(dtype)
     model = build_model(full.model, full.trainer.seed).to(dtype)
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = full.trainer.recompute
