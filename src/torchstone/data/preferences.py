@@ -129,7 +129,7 @@ class PreparedPreferences:
         tokenizer: turns text into the ids that the pairs hold.
         train, valid, test: the splits.
         description: one line: pairs, of each split too, and those cut and left out.
-        hash: identifies the files' content; numbers of usableent hashes do not compare.
+        hash: identifies the files' content; numbers of different hashes do not compare.
     """
 
     tokenizer: Tokenizer
