@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,8 +156,6 @@ def test_padding_changes_nothing() -> None:
 
 def test_the_prompts_own_log_probabilities_change_nothing() -> None:
     """Hidden states that predict prompt tokens may be anything, in both models."""
-    from dataclasses import replace
-
     model, reference, batch = model_of(1), model_of(2), batch_of()
     objective = DPO(DPOSpec(), reference)
     loss, gradient = loss_of(objective, model, batch)
@@ -170,68 +171,55 @@ def test_the_prompts_own_log_probabilities_change_nothing() -> None:
     assert not math.isclose(loss_of(objective, model, batch)[0], loss)
 
 
-class _Fixed(nn.Module):
-    """A transformers-like model of given log-probabilities."""
-
-    def __init__(self, log_probs_RT: torch.Tensor) -> None:
-        super().__init__()
-        self.log_probs = log_probs_RT
-
-    def forward(self, **inputs: Any) -> Any:
-        from types import SimpleNamespace
-
-        count = torch.zeros(len(self.log_probs), dtype=torch.int64)
-        return SimpleNamespace(
-            log_probs=self.log_probs, loss=None, entropy=self.log_probs * 0, num_correct_tokens=count.sum(), logits=None
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_is_trls_on_the_same_log_probabilities(smoothing: float) -> None:
-    """`trl.DPOTrainer._compute_loss` itself, given each token's log-probability by our two models."""
-    from collections import defaultdict
-    from types import SimpleNamespace
-
+def test_loss_and_rewards_are_trls_on_the_same_log_probabilities(smoothing: float) -> None:
+    """`trl.DPOTrainer._compute_loss` itself, of a stand-in for its trainer, on each token's log-probability by our two
+    models."""
     trl = pytest.importorskip("trl")
     model, reference, batch = model_of(1), model_of(2), batch_of()
-    ids, after = (batch[name].transpose(0, 1).flatten(0, 1) for name in ("ids", "next"))  # theirs: chosen rows first
-    mask = torch.cat([torch.zeros(len(ids), 1), (after >= 0).long()], 1).long()
-    valid = batch["valid"].transpose(0, 1).flatten(0, 1)
+    # theirs: chosen rows first
+    ids, after, valid = (batch[name].transpose(0, 1).flatten(0, 1) for name in ("ids", "next", "valid"))
 
     def tokens(of: Any) -> torch.Tensor:
         logp = of(ids).logits.log_softmax(-1).gather(2, after.clamp(min=0)[..., None])[..., 0]
-        return torch.where(after >= 0, logp, 0.0)
+        return torch.where(after >= 0, logp, 0.0).detach()
 
-    with torch.no_grad():
-        ours, theirs = tokens(model), tokens(reference)
-    fake = SimpleNamespace(
-        model=nn.Identity(),
-        accelerator=SimpleNamespace(
-            device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x, unwrap_model=lambda x: x
-        ),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=["sigmoid"],
-        loss_weights=[1.0],
+    ours, theirs, blank = tokens(model), tokens(reference), torch.zeros_like(after)
+    output = SimpleNamespace(log_probs=ours, entropy=blank, mean_logits=blank, is_top1=blank.bool())
+    same = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=model.train(),
+        accelerator=same,
         beta=0.3,
         label_smoothing=smoothing,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        f_divergence_type="reverse_kl",
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        ld_alpha=None,
         use_weighting=False,
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
+        _tp_size=1,
     )
-    full = torch.cat([ids, torch.zeros(len(ids), 1, dtype=torch.int64)], 1)
+    chosen, rejected = theirs.sum(1).chunk(2)
     inputs = {
-        "input_ids": full,
-        "attention_mask": torch.cat([valid, valid[:, :1]], 1).long(),
-        "completion_mask": mask,
-        **dict(zip(("ref_chosen_logps", "ref_rejected_logps"), theirs.sum(1).chunk(2), strict=True)),
+        "input_ids": nn.functional.pad(ids, (0, 1)),
+        "attention_mask": nn.functional.pad(valid, (1, 0), value=True).long(),
+        "completion_mask": nn.functional.pad(after >= 0, (1, 0)).long(),
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
     }
-    loss = trl.DPOTrainer._compute_loss(fake, _Fixed(ours), inputs, False)
+    loss = trl.DPOTrainer._compute_loss(trainer, lambda **inputs: output, inputs, False)
     objective = DPO(DPOSpec(beta=0.3, label_smoothing=smoothing), reference)
     assert loss_of(objective, model, batch)[0] == pytest.approx(loss.item(), rel=1e-9)
+    scores = objective.evaluate(model, batch).scores
+    pairs = {"margins": "reward_margin", "chosen": "reward_chosen", "rejected": "reward_rejected"}
+    for name, own in {**pairs, "accuracies": "accuracy"}.items():
+        found = (scores[own][0] / scores[own][1]).item()
+        assert found == pytest.approx(trainer._metrics["train"][f"rewards/{name}"][0], rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- a run
