@@ -21,7 +21,7 @@ from torchstone.data import DataSpec
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.objectives import ObjectiveSpec
-from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, family_root, kinds, merge, part, resolve, validate
+from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, family_root, merge, part, resolve, validate
 
 __all__ = [
     "AdaptSpec",
@@ -367,9 +367,13 @@ def _of_kind(body: Mapping[str, Any], data: Any) -> Mapping[str, Any]:
     """What a run gives, its tokenizer for the kind of data that the recipe asks for, if that kind has one."""
     asked = family_root("data").short(data) if isinstance(data, str) else data
     kind = asked.get("kind") if isinstance(asked, Mapping) else None
-    if "data" not in body or kind not in kinds("data") or "tokenizer" not in resolve("data", kind).model_fields:
+    if "data" not in body or not isinstance(kind, str):
         return body
-    return {**body, "data": {**body["data"], "kind": kind}}
+    try:
+        takes = "tokenizer" in resolve("data", kind).model_fields
+    except TorchstoneError:  # validation says it in one sentence
+        return body
+    return {**body, "data": {**body["data"], "kind": kind}} if takes else body
 
 
 _NESTED, _LARGEST = 32, 2**53

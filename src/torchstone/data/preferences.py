@@ -145,6 +145,7 @@ class Pairs:
 
     Attributes:
         block: tokens of a row (T).
+        pairs: ids of prompts and responses.
         tokens: of all rows.
         bytes: 0: responses are no whole texts, hence no bits per byte.
     """
@@ -152,11 +153,11 @@ class Pairs:
     bytes = 0
 
     def __init__(self, pairs: Sequence[Pair], block: int, tokenizer: Tokenizer) -> None:
-        self._pairs, self.block, self.tokens = pairs, block, 2 * len(pairs) * block
+        self.pairs, self.block, self.tokens = pairs, block, 2 * len(pairs) * block
         self._separator, self._pad = tokenizer.separator, tokenizer.pad
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def batch(
         self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
@@ -184,7 +185,7 @@ class Pairs:
         shape = len(number_B), 2, self.block
         ids_B2T, next_B2T, valid_B2T = np.full(shape, self._pad), np.full(shape, IGNORE), np.zeros(shape, bool)
         for row, number in enumerate(number_B):
-            pair = self._pairs[number]
+            pair = self.pairs[number]
             room = self.block - 1 - max(len(pair.chosen), len(pair.rejected))
             prompt = pair.prompt[max(0, len(pair.prompt) - room) :]
             for side, response in enumerate((pair.chosen, pair.rejected)):
