@@ -60,23 +60,33 @@ _SIZES = {
 }
 
 
-def _letters(rng: random.Random) -> str:
-    return "".join(rng.choices(_LETTERS, k=_RESPONSE))
+def _letters(rng: random.Random, count: int) -> str:
+    return "".join(rng.choices(_LETTERS, k=count))
+
+
+def _prompt(rng: random.Random) -> str:
+    return _letters(rng, _PROMPT) + rng.choice("+-")
+
+
+def _liked(prompt: str, response: str) -> int:
+    """The rule: a prompt that ends in plus wants letters of the alphabet's first half, one that ends in minus the
+    others."""
+    first = sum(letter in _LETTERS[: len(_LETTERS) // 2] for letter in response)
+    return first if prompt.endswith("+") else _RESPONSE - first
 
 
 def _write(folder: Path, size: _Size, seed: int) -> None:
-    """Texts, whose responses know nothing of their prompts, and pairs of such responses: the one with more letters of
-    the prompt is chosen."""
+    """Texts, whose responses know nothing of their prompts, and pairs of such responses: the one that the rule likes
+    better is chosen."""
     rng = random.Random(seed)
-    prompts = ["".join(rng.sample(_LETTERS, _PROMPT)) + ">" for _ in range(size.pairs)]
-    texts = "".join(json.dumps({"text": prompt + _letters(rng)}) + "\n" for prompt in prompts)
-    (folder / "texts.jsonl").write_text(texts)
-    rows = []
+    texts = (json.dumps({"text": _prompt(rng) + _letters(rng, _RESPONSE)}) + "\n" for _ in range(size.pairs))
+    (folder / "texts.jsonl").write_text("".join(texts))
+    rows: list[str] = []
     while len(rows) < size.pairs:
-        prompt = rng.choice(prompts)
-        both = sorted((_letters(rng), _letters(rng)), key=lambda text: sum(letter in prompt for letter in text))
-        if len({sum(letter in prompt for letter in text) for text in both}) == 2:
-            rows.append(json.dumps({"prompt": prompt, "chosen": both[1], "rejected": both[0]}) + "\n")
+        prompt, one, other = _prompt(rng), _letters(rng, _RESPONSE), _letters(rng, _RESPONSE)
+        if _liked(prompt, one) != _liked(prompt, other):
+            chosen, rejected = (one, other) if _liked(prompt, one) > _liked(prompt, other) else (other, one)
+            rows.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     (folder / "pairs.jsonl").write_text("".join(rows))
 
 
@@ -117,14 +127,14 @@ def _last(run: RunFolder, name: str) -> float:
 
 @torch.no_grad()
 def _divergence(policy: RunFolder, reference: RunFolder, seed: int, count: int = 512) -> float:
-    """KL of the policy's responses from the reference's, nats a response: prompts of the task, responses by the policy,
-    the divergence of each next token added up."""
+    """KL of the policy's responses from the reference's, nats a response: prompts of the task, responses by the policy
+    of as many tokens as those of the pairs at most, the divergence of each next token added up."""
     rng, generator = random.Random(seed), Key(seed).fold("divergence").generator()
     tokenizer, models = policy.tokenizer(), [run.model() for run in (policy, reference)]
-    prompts = ["".join(rng.sample(_LETTERS, _PROMPT)) + ">" for _ in range(count)]
+    prompts = [_prompt(rng) for _ in range(count)]
     ids_BT = torch.tensor([[tokenizer.separator, *tokenizer.encode(prompt)] for prompt in prompts])
     going_B, total = torch.ones(count, dtype=torch.bool), 0.0
-    while going_B.any() and ids_BT.shape[1] < 4 * _BLOCK:
+    for _ in range(_RESPONSE + 1):
         logp_BV, theirs_BV = (model(ids_BT, outputs="last").logits[:, -1].log_softmax(-1) for model in models)
         total += float(((logp_BV.exp() * (logp_BV - theirs_BV)).sum(-1) * going_B).sum())
         drawn_B1 = torch.multinomial(logp_BV.exp(), 1, generator=generator)
@@ -198,10 +208,11 @@ PLANTED_PREFERENCE = Claim(
     id="planted-preference",
     kind="behaviour",
     text="A byte model of two layers learns texts whose responses know nothing of their prompts, and then 8,000 pairs "
-    "of responses of which the one with more of the prompt's letters was chosen (400 steps, each stage at the best of "
-    "three learning rates). By its implicit reward it prefers the right one of at least 9 in 10 held-out pairs, of "
-    "prompts that it has not seen, where the reference's own log-probabilities are within 0.05 of one half and labels "
-    "drawn by chance leave it within 0.1. The KL from the reference is measured beside it and no part of the claim.",
+    "of responses of which one was chosen by a rule: after a plus the one with more letters of the alphabet's first "
+    "half, after a minus the other (400 steps, each stage at the best of three learning rates). By its implicit reward "
+    "it prefers the right one of at least 9 in 10 held-out pairs, where the reference's own log-probabilities are "
+    "within 0.05 of one half and labels drawn by chance leave it within 0.1. The KL from the reference is measured "
+    "beside it and no part of the claim.",
     figure="after DPO the chat model's open-ended answers are preferred (MT-Bench 8.35 to 8.76), standard benchmarks "
     "stay as they were",
     gates=(
