@@ -104,7 +104,7 @@ def _first(folder: Path, size: _Size, seed: int, lr: float) -> RunFolder:
         "schedule": {"kind": "cosine", "warmup": 20},
         **one_thread(size.first_steps, 16, blocks=64),
     }
-    recipe["trainer"] |= {"seed": seed, "device": "cpu"}  # type: ignore[operator]
+    recipe["trainer"] |= {"seed": seed, "device": "cpu"}
     return train(recipe, out=folder / f"first-{lr}", quiet=True)
 
 
@@ -117,7 +117,7 @@ def _preferred(folder: Path, size: _Size, seed: int, lr: float, kind: str, refer
         "schedule": {"kind": "cosine", "warmup": 20},
         **one_thread(size.steps, size.batch, blocks=400),
     }
-    recipe["trainer"] |= {"seed": seed, "device": "cpu"}  # type: ignore[operator]
+    recipe["trainer"] |= {"seed": seed, "device": "cpu"}
     return train(recipe, out=folder / f"{kind}-{lr}", quiet=True)
 
 
