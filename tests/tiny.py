@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from torchstone.model.site import parameter_name
 from torchstone.recipe import Recipe, load_recipe
-from torchstone.train.checkpoint import load_tensors
+from torchstone.train.checkpoint import load_tensors, save_tensors
 from torchstone.train.engine import Source, Trainer
 from torchstone.train.run import RunFolder, build_model
 from torchstone.train.training import _facts, _objective, _resolve
@@ -59,6 +60,30 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
     return base
 
 
+def pairs(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """A file of preferences over short words: of each prompt two responses."""
+    rng = random.Random(seed)
+
+    def words(most: int) -> str:
+        return " ".join("".join(rng.choices("abcdefghij", k=rng.randint(1, 3))) for _ in range(rng.randint(1, most)))
+
+    rows = [{"prompt": f"{number} {words(2)}?", "chosen": words(3), "rejected": words(2)} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def preferences(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe of direct preference optimisation, whose pairs and reference lie in `folder`."""
+    made = recipe(folder, **sections)
+    if not (reference := folder / "reference").exists():
+        saved(reference, {**recipe(folder), "trainer": {"seed": 7}})
+    if not (file := folder / "pairs.jsonl").exists():
+        pairs(file)
+    kept = {name: made["data"][name] for name in ("tokenizer", "cache")}
+    made["data"] = {"kind": "preferences", "path": str(file), "block": 24, **kept}
+    return {**made, "objective": {"kind": "dpo", "reference": str(reference), **sections.get("objective", {})}}
+
+
 MASKED: dict[str, Any] = {
     "model": {**MODEL, "causal": False, "head": "mlm"},
     "objective": {"kind": "masked_lm", "rate": 0.3},
@@ -74,10 +99,20 @@ def resolved(data: Recipe | dict[str, Any]) -> tuple[Recipe, Any]:
     return _resolve(loaded, prepared, 1, precision), prepared
 
 
+def saved(path: Path, data: dict[str, Any]) -> RunFolder:
+    """A run of the recipe's first weights, without a training."""
+    full, prepared = resolved(data)
+    run = RunFolder(path)
+    run.begin(full, prepared.tokenizer, {})
+    model = build_model(full.model, full.trainer.seed)
+    save_tensors(path / "model.safetensors", {parameter_name(name): x for name, x in model.state_dict().items()})
+    return run
+
+
 def trainer(data: dict[str, Any], dtype: torch.dtype = torch.float32, **fields: Any) -> Trainer:
     """A trainer in memory, without a run directory."""
     full, prepared = resolved(data)
-    objective = _objective(full, _facts(prepared.tokenizer)).to(dtype)
+    objective = _objective(full, _facts(prepared.tokenizer, full)).to(dtype)
     model = build_model(full.model, full.trainer.seed).to(dtype)
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = full.trainer.recompute

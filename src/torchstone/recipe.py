@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from torchstone.data import DataSpec
 from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.objectives import ObjectiveSpec
-from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, merge, part, validate
+from torchstone.spec import SHORT, Changes, Part, PartSpec, Spec, family_root, merge, part, resolve, validate
 
 __all__ = [
     "AdaptSpec",
@@ -189,6 +189,14 @@ class Recipe(Spec):
     evaluate: EvaluateSpec = EvaluateSpec()
     """Validation and test."""
 
+    @model_validator(mode="after")
+    def _paired(self) -> Recipe:
+        if self.objective.paired and not self.data.paired:
+            raise ValueError(f"objective {self.objective.kind} compares pairs, and data {self.data.kind} has none")
+        if self.data.paired and not self.objective.paired:
+            raise ValueError(f"data {self.data.kind} has pairs, and objective {self.objective.kind} compares none")
+        return self
+
     def yaml(self) -> str:
         """The whole document as YAML."""
         return dump_yaml(self.dump())
@@ -351,8 +359,21 @@ def load_recipe(
         patch = _join(patch, body)
     document = merge(data, patch, Recipe, changes)
     if start is not None and isinstance(document.get("init_from"), str):
-        document = merge(start(document["init_from"]), document, Recipe)
+        document = merge(_of_kind(start(document["init_from"]), document.get("data")), document, Recipe)
     return validate(Recipe, document).adapted()
+
+
+def _of_kind(body: Mapping[str, Any], data: Any) -> Mapping[str, Any]:
+    """What a run gives, its tokenizer for the kind of data that the recipe asks for, if that kind has one."""
+    asked = family_root("data").short(data) if isinstance(data, str) else data
+    kind = asked.get("kind") if isinstance(asked, Mapping) else None
+    if "data" not in body or not isinstance(kind, str):
+        return body
+    try:
+        takes = "tokenizer" in resolve("data", kind).model_fields
+    except TorchstoneError:  # validation says it in one sentence
+        return body
+    return {**body, "data": {**body["data"], "kind": kind}} if takes else body
 
 
 _NESTED, _LARGEST = 32, 2**53

@@ -60,6 +60,20 @@ class Pictures(Tokens):
         return {"ids": pixels + 0.1 * torch.randn(pixels.shape, generator=generator), "label": label}
 
 
+class Pairs(Tokens):
+    """Two rows an example, both after one first half: one goes on by the rule, one by chance."""
+
+    def batch(self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0,
+              ranks: int = 1) -> Batch:  # fmt: skip
+        rows = super().batch(key, step, size, micro)
+        chosen = torch.cat([rows["ids"], rows["next"][:, -1:]], 1)
+        generator = Key(0).fold("rejected", step, micro).generator()
+        rejected = torch.randint(3, VOCABULARY, chosen.shape, generator=generator)
+        both = torch.stack([chosen, torch.where(torch.arange(BLOCK + 1) < BLOCK // 2, chosen, rejected)], 1)
+        after = torch.where(torch.arange(BLOCK) < BLOCK // 2 - 1, -100, both[..., 1:])
+        return {"ids": both[..., :-1].contiguous(), "next": after, "valid": torch.ones_like(after, dtype=torch.bool)}
+
+
 class Classify(Objective):
     """Cross-entropy of one label a row, or of the id's parity at each token."""
 
@@ -105,6 +119,7 @@ def cases() -> dict[str, dict[str, Any]]:
     encoder = {"causal": False, "head": {"kind": "mlm"}}
     made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
+    made["objective.dpo"] |= {"data": {"kind": "preferences", "path": "none"}, "init_from": "none"}
     made["objective.multi_token"]["model"] = made["stack.multi_token"]["model"]
     made["stack.multi_token"]["objective"] = {"kind": "multi_token"}
     made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
@@ -140,9 +155,11 @@ def recipe_of(sections: dict[str, Any]) -> Recipe:
 def ten_losses(sections: dict[str, Any]) -> list[float]:
     recipe = recipe_of(sections)
     model = build_model(recipe.model, recipe.trainer.seed)
+    facts = Facts(VOCABULARY, 0, 1, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed))
     classifies = recipe.model.head.kind.endswith("classification")  # type: ignore[attr-defined]
-    objective = Classify() if classifies else recipe.objective.build(Facts(VOCABULARY, 0, 1, 2))
-    source = Source(Tokens() if recipe.model.embedding.of_tokens else Pictures())  # type: ignore[attr-defined]
+    objective = Classify() if classifies else recipe.objective.build(facts)
+    batches = Pairs() if recipe.data.paired else Tokens() if recipe.model.embedding.of_tokens else Pictures()  # type: ignore[attr-defined]
+    source = Source(batches)
     trainer = Trainer(model, objective, source, recipe.optimizer, recipe.schedule, recipe.trainer, quiet=True)
     return [float(f"{trainer.train_step()['loss']:.9g}") for _ in range(STEPS)]
 

@@ -28,13 +28,19 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "objective": {"kind": "multi_token"},
     },
     "masked_lm": {**tiny.MASKED, "model": {**tiny.MASKED["model"], "depth": 2, "norm": "layernorm"}},
+    "dpo": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"beta": 0.5}},
 }
 Gradients = dict[str, torch.Tensor]
 
 
+def recipe_of(objective: str, folder: Path, **model: Any) -> dict[str, Any]:
+    sections = {**SECTIONS[objective], "model": {**SECTIONS[objective]["model"], **model}}
+    return (tiny.preferences if objective == "dpo" else tiny.recipe)(folder, **sections)
+
+
 def trainer_of(objective: str, folder: Path, **fields: Any) -> Trainer:
     torch.set_default_dtype(torch.float64)
-    return tiny.trainer(tiny.recipe(folder, **SECTIONS[objective]), torch.float64, **fields)
+    return tiny.trainer(recipe_of(objective, folder), torch.float64, **fields)
 
 
 def ragged(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -77,8 +83,7 @@ def of_two_ranks(mesh: Mesh, folder: Path) -> dict[str, Any]:
         found[name] = gradients(trainer, [pieces(ragged(trainer), 1, 5)[mesh.rank]])
         found[f"{name} valid"] = trainer.measure_split(trainer.source.valid, "valid")
         found[f"{name} one batch"] = trainer.measure_split(trainer.source.valid, "valid", limit=1)
-        dropping = {**SECTIONS[name], "model": {**SECTIONS[name]["model"], "dropout": 0.3}}
-        trained = tiny.trainer(tiny.recipe(folder, **dropping), torch.float64, mesh=mesh)
+        trained = tiny.trainer(recipe_of(name, folder, dropout=0.3), torch.float64, mesh=mesh)
         found[f"{name} trained"] = [trained.train_step()["loss"] for _ in range(3)]
     return found
 
@@ -86,8 +91,8 @@ def of_two_ranks(mesh: Mesh, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.getbasetemp()
-    for section in SECTIONS.values():
-        tiny.resolved(tiny.recipe(folder, **section))  # the cache is there before the ranks start
+    for name in SECTIONS:
+        tiny.resolved(recipe_of(name, folder))  # the cache is there before the ranks start
     return run_ranks(of_two_ranks, 2, folder)
 
 
@@ -123,8 +128,7 @@ def test_two_ranks_train_as_one_rank_with_two_micro_batches(
     objective: str, folder: Path, two_ranks: list[dict[str, Any]]
 ) -> None:
     """Masking and dropout included: they are keyed by the number of the micro-batch over all ranks."""
-    dropping = {**SECTIONS[objective], "model": {**SECTIONS[objective]["model"], "dropout": 0.3}}
-    recipe = tiny.recipe(folder, **dropping)
+    recipe = recipe_of(objective, folder, dropout=0.3)
     recipe["trainer"]["accumulate"] = 2
     trainer = tiny.trainer(recipe, torch.float64)
     losses = [trainer.train_step()["loss"] for _ in range(3)]
@@ -153,7 +157,7 @@ def test_not_a_number_in_rows_without_target_changes_nothing(objective: str, fol
     ignored = batch["targets" if "targets" in batch else "next"] < 0
 
     def poison(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        return replace(output, hidden=torch.where(ignored[..., None], torch.nan, output.hidden))
+        return replace(output, hidden=torch.where(ignored.flatten(0, -2)[..., None], torch.nan, output.hidden))
 
     trainer.model.register_forward_hook(poison)
     assert_same(gradients(trainer, [batch]), clean)

@@ -189,6 +189,7 @@ LONG = {
     "hugging-face.md",
     "longmem.md",
     "multi-token-prediction.md",
+    "preferences.md",
     "recipes.md",
     "reproduce.md",
     "structured-prompting.md",

@@ -20,6 +20,8 @@ class DataSpec(PartSpec):
 
     family: ClassVar[str] = "data"
     default_kind: ClassVar[str] = "text"
+    paired: ClassVar[bool] = False
+    """Whether an example is two rows that an objective compares: ids (B, 2, T) in the place of (B, T)."""
 
     @classmethod
     def short(cls, value: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ micro-batches and two ranks give the same gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -31,17 +32,21 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Facts:
-    """What an objective may know of the data.
+    """What an objective may know of the data, and of runs beside the one that begins.
 
     Attributes:
         vocabulary: number of token ids.
         mask, pad, separator: ids of special tokens, None where there is none.
+        init_from: the run that training starts from, None where there is none.
+        load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
     """
 
     vocabulary: int | None = None
     mask: int | None = None
     pad: int | None = None
     separator: int | None = None
+    init_from: str | None = None
+    load: Callable[[str], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Result:
             an objective that codes text.
         predicted_BT: the likeliest token in the place of each target, -1 where there is none; from
             `Objective.evaluate`, where asked for.
+        scores: as (sum, count), from `Objective.evaluate`: what evaluation reports beside the loss.
     """
 
     terms: dict[str, Term]
     metrics: Aux = field(default_factory=dict)
     nll_BT: torch.Tensor | None = None
     predicted_BT: torch.Tensor | None = None
+    scores: Aux = field(default_factory=dict)
 
     @classmethod
     def of(cls, terms: dict[str, Term], aux: Aux) -> Result:
@@ -83,6 +90,8 @@ class ObjectiveSpec(PartSpec):
 
     family: ClassVar[str] = "objective"
     default_kind: ClassVar[str] = "causal_lm"
+    paired: ClassVar[bool] = False
+    """Whether it compares two rows an example, and so needs data that give pairs."""
 
     def build(self, facts: Facts) -> Objective:
         """The module.
@@ -102,7 +111,8 @@ class Objective(nn.Module):
     """Whether the loss is the code length of the text, so that bits per byte mean something."""
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model that this loss makes no sense for.
+        """Refuse a model that this loss makes no sense for, and a checkpoint that this objective cannot go on from:
+        asked before training, and again after a checkpoint was read.
 
         Raises:
             TorchstoneError: says what the model lacks.

@@ -27,6 +27,7 @@ from torchstone.evaluate.scaling import (
 from torchstone.interop.presets import preset
 from torchstone.model.measure import measure
 from torchstone.papers._claim import Arms, Claim, Effect, Measured, Number, Paper, Scale, Setting, one_thread
+from torchstone.papers._preferences import PLANTED_PREFERENCE
 from torchstone.recipe import load_recipe
 
 __all__ = ["PAPER"]
@@ -298,9 +299,10 @@ PAPER = Paper(
     authors="DeepSeek-AI: Xiao Bi, Deli Chen, Guanting Chen, Shanhuang Chen, Damai Dai et al.",
     year=2024,
     link="https://arxiv.org/abs/2401.02954",
-    topics=("scaling laws", "learning rate", "schedule", "batch size"),
-    parts=("schedule.multi_step",),
+    topics=("scaling laws", "learning rate", "schedule", "batch size", "preferences"),
+    parts=("schedule.multi_step", "objective.dpo"),
     summary="Batch size, learning rate, model scale and tokens as power laws of compute, with a model's scale measured "
-    "in operations a token; and a schedule in steps, whose first phase can be continued.",
-    claims=(LAWS, SCHEDULE, ISOFLOP),
+    "in operations a token; a schedule in steps, whose first phase can be continued; and preferences learned without a "
+    "reward model.",
+    claims=(LAWS, SCHEDULE, ISOFLOP, PLANTED_PREFERENCE),
 )

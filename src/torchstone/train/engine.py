@@ -395,6 +395,8 @@ class Trainer:
                 if isinstance(split, ScoredSplit) and result.predicted_BT is not None:
                     for name, pair in split.score(result.predicted_BT, batch).items():
                         add(f"score {name}", torch.stack(pair))
+                for name, (total, count) in result.scores.items():
+                    add(f"score {name}", torch.stack([total.to(self._wide), count.to(self._wide)]))
                 if isinstance(split, DocumentedSplit) and result.nll_BT is not None:
                     add("documents", _by_document(split, result.nll_BT, batch))
         self._mode(training=True)
@@ -479,6 +481,7 @@ class Trainer:
         load_weights(self.model, checkpoint.tensors["model"], "the checkpoint's model")
         if self.objective.state_dict():
             load_weights(self.objective, checkpoint.tensors.get("objective", {}), "the checkpoint's objective")
+        self.objective.check(self.model)
         saved = checkpoint.tensors.get("optimizer", {})
         state: dict[str, dict[str, torch.Tensor]] = {}
         names = {p.name: p for p in self.named}

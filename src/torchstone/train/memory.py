@@ -20,6 +20,7 @@ from torchstone.objectives import Batch, Facts, Objective
 from torchstone.recipe import Recipe
 from torchstone.train.engine import autocast
 from torchstone.train.optimizers import named_parameters
+from torchstone.train.run import RunFolder
 
 __all__ = ["TrainingMemory", "training_memory"]
 
@@ -47,7 +48,8 @@ class TrainingMemory:
 def training_memory(recipe: Recipe) -> TrainingMemory:
     """Bytes that a step of `recipe` needs above the idle process; its vocabulary must be known."""
     vocabulary = getattr(recipe.model, "vocabulary", None)
-    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0))
+    runs: Any = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
+    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, **runs))
     batch = _batch(recipe, objective)
     selected = int(objective.counts(batch).get("targets", torch.tensor(batch["ids"].numel())))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -94,7 +96,7 @@ def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
 
 def _batch(recipe: Recipe, objective: Objective) -> Batch:
     """A prepared batch of ordinary tokens."""
-    shape = recipe.trainer.batch, getattr(recipe.data, "block", 1)
+    shape = (recipe.trainer.batch, *((2,) if recipe.data.paired else ()), getattr(recipe.data, "block", 1))
     batch = {"ids": torch.full(shape, 3), "next": torch.full(shape, 3)}
     if getattr(recipe.data, "separate_documents", False):
         batch["start"] = torch.zeros(shape, dtype=torch.int64)

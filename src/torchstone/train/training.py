@@ -158,7 +158,7 @@ def _assemble(
     mesh = build_mesh(recipe.parallel, device)
     prepared = recipe.data.prepare(say if mesh.first else None)
     recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
-    objective = _objective(recipe, _facts(prepared.tokenizer))
+    objective = _objective(recipe, _facts(prepared.tokenizer, recipe))
     if going_on:
         assert folder is not None
         _check_corpus(folder, prepared.hash)
@@ -248,10 +248,11 @@ def _rows(recipe: Recipe, mesh: Mesh) -> int:
     return recipe.trainer.batch * recipe.trainer.accumulate * mesh.ranks
 
 
-def _facts(tokenizer: Tokenizer | None) -> Facts:
+def _facts(tokenizer: Tokenizer | None, recipe: Recipe) -> Facts:
+    runs: dict[str, Any] = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
     if tokenizer is None:
-        return Facts()
-    return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator)
+        return Facts(**runs)
+    return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator, **runs)
 
 
 def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:

@@ -1,0 +1,263 @@
+"""Preferences: prompts with two responses each, of which one was chosen and one rejected.
+
+The text is JSON lines with the fields ``prompt``, ``chosen`` and ``rejected``, plain strings, as TRL has them. Prompt
+and responses are tokenised apart, so that both responses follow the same tokens. A pair becomes two rows
+
+    separator prompt response separator
+
+of which the response and the separator that ends it are targets. A prompt that is too long loses its beginning, as much
+of it for both responses. A pair whose longer response does not fit into a block is left out, and so is one whose
+responses are the same; the description counts both. All pairs are kept in memory.
+
+Pairs of one prompt are on one side: train, valid and test are 90, 5 and 5 %, decided by the prompt's content hash as
+for other text. Where that leaves a side (almost) empty, prompts are taken in the order of their hashes.
+
+P pairs, B pairs of a batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data.corpora import document_digest
+from torchstone.data.corpora._files import decode, find, fingerprint
+from torchstone.data.hashing import mix
+from torchstone.data.spec import DataSpec
+from torchstone.data.tokenizers import TokenizerSpec
+from torchstone.errors import TorchstoneError
+from torchstone.spec import Part, part
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchstone.data.tokenizer import Tokenizer
+    from torchstone.keys import Key
+
+__all__ = ["Pair", "Pairs", "PreferencesDataSpec", "PreparedPreferences", "read"]
+
+_SPLITS, _BOUNDS = ("train", "valid", "test"), (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two responses, as text or as ids."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+
+
+class PreferencesDataSpec(DataSpec):
+    """Pairs of responses to a prompt, one chosen and one rejected, from JSON lines."""
+
+    paired: ClassVar[bool] = True
+
+    path: str | tuple[str, ...] = Field(min_length=1)
+    """A file, a folder (its ``.jsonl`` files) or a glob, or a list of these."""
+    prompt: str = Field("prompt", min_length=1)
+    """The field that holds the prompt."""
+    chosen: str = Field("chosen", min_length=1)
+    """The field that holds the response that was chosen."""
+    rejected: str = Field("rejected", min_length=1)
+    """The field that holds the response that was rejected."""
+    tokenizer: Part[TokenizerSpec] = part("bpe", "tokenizer")
+    """What turns text into token ids."""
+    block: int = Field(256, ge=2)
+    """Tokens of a row: of a prompt and a response."""
+    cache: str | None = None
+    """Folder of the cache of trained tokenizers; without it $TORCHSTONE_CACHE, else ~/.cache/torchstone."""
+
+    def prepare(self, progress: Callable[[str], None] | None = None) -> PreparedPreferences:
+        """The splits.
+
+        Raises:
+            TorchstoneError: a row is none; says which file and line. No pair of train fits into a block.
+        """
+        from torchstone.data.store import Cache
+
+        found = list(read(self))
+        side_P = _sides([pair.prompt for pair in found])
+        content = fingerprint(find(self.path, ".jsonl"), self.kind, self.prompt, self.chosen, self.rejected)
+
+        def texts() -> Iterator[str]:
+            for pair, side in zip(found, side_P, strict=True):
+                if side == 0:
+                    yield from (pair.prompt + pair.chosen, pair.prompt + pair.rejected)
+
+        root = self.cache or os.environ.get("TORCHSTONE_CACHE") or "~/.cache/torchstone"
+        with Cache(Path(root).expanduser()) as cache:
+            tokenizer = self.tokenizer.load(texts, content, cache)
+        encoded = _encoded(found, tokenizer)
+        longest = [max(len(pair.chosen), len(pair.rejected)) for pair in encoded]
+        too_long = sum(length >= self.block for length in longest)
+        rows = zip(encoded, found, side_P, longest, strict=True)
+        kept = [
+            (ids, side, length)
+            for ids, text, side, length in rows
+            if length < self.block and text.chosen != text.rejected
+        ]
+        cut = sum(1 + len(pair.prompt) + length > self.block for pair, _, length in kept)
+        train, valid, test = splits = [
+            Pairs([pair for pair, side, _ in kept if side == number], self.block, tokenizer)
+            for number in range(len(_SPLITS))
+        ]
+        counts = ", ".join(f"{name} {len(split):,}" for name, split in zip(_SPLITS, splits, strict=True))
+        description = (
+            f"preferences {self.path if isinstance(self.path, str) else ', '.join(self.path)}: {len(found):,} pairs, "
+            f"hash {content[:12]}; {counts}; {cut:,} prompts cut; left out: {too_long:,} pairs with a response of "
+            f"{self.block:,} tokens or more, {len(found) - len(kept) - too_long:,} whose responses are the same"
+        )
+        if not len(train):
+            raise TorchstoneError(f"data: train has no pair of preferences; {description}")
+        return PreparedPreferences(tokenizer, train, valid, test, description, content)
+
+
+@dataclass(frozen=True)
+class PreparedPreferences:
+    """Preferences, ready to train on.
+
+    Attributes:
+        tokenizer: turns text into the ids that the pairs hold.
+        train, valid, test: the splits.
+        description: one line: pairs, of each split too, and those cut and left out.
+        hash: identifies the files' content; numbers of different hashes do not compare.
+    """
+
+    tokenizer: Tokenizer
+    train: Pairs
+    valid: Pairs
+    test: Pairs
+    description: str
+    hash: str
+
+
+class Pairs:
+    """The pairs of one split, as ids; ``len(pairs)`` counts them.
+
+    Attributes:
+        block: tokens of a row (T).
+        pairs: ids of prompts and responses.
+        tokens: of all rows.
+        bytes: 0: responses are no whole texts, hence no bits per byte.
+    """
+
+    bytes = 0
+
+    def __init__(self, pairs: Sequence[Pair], block: int, tokenizer: Tokenizer) -> None:
+        self.pairs, self.block, self.tokens = pairs, block, 2 * len(pairs) * block
+        self._separator, self._pad = tokenizer.separator, tokenizer.pad
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(
+        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
+
+        Returns:
+            ``ids`` int64 (B, 2, T), the chosen response first; ``next`` int64 (B, 2, T), the token after each where
+            that is of the response or the separator behind it, else -100; ``valid`` bool (B, 2, T), False where a row
+            is padded; ``example`` int64 (B,), numbers of the pairs.
+        """
+        first = ((step * accumulate + micro) * ranks + rank) * size
+        return self._rows(shuffled(len(self), key, first, size))
+
+    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Pairs in order, in batches of `size`; with a `limit` that many, spread evenly."""
+        count = len(self)
+        total = count if limit is None else min(max(limit, 0), count)
+        for start in range(0, total, size):
+            yield self._rows(np.arange(start, min(start + size, total)) * count // total)
+
+    def _rows(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+        import torch
+
+        shape = len(number_B), 2, self.block
+        ids_B2T, next_B2T, valid_B2T = np.full(shape, self._pad), np.full(shape, IGNORE), np.zeros(shape, bool)
+        for row, number in enumerate(number_B):
+            pair = self.pairs[number]
+            room = self.block - 1 - max(len(pair.chosen), len(pair.rejected))
+            prompt = pair.prompt[max(0, len(pair.prompt) - room) :]
+            for side, response in enumerate((pair.chosen, pair.rejected)):
+                whole = [self._separator, *prompt, *response, self._separator]
+                length, before = len(whole) - 1, len(prompt)
+                ids_B2T[row, side, :length] = whole[:-1]
+                next_B2T[row, side, before:length] = whole[before + 1 :]
+                valid_B2T[row, side, :length] = True
+        rows = {"ids": ids_B2T, "next": next_B2T, "valid": valid_B2T, "example": np.asarray(number_B, np.int64)}
+        return {name: torch.from_numpy(array) for name, array in rows.items()}
+
+
+def read(spec: PreferencesDataSpec) -> Iterator[Pair]:
+    """The pairs of the files, as text. Blank lines are skipped.
+
+    Raises:
+        TorchstoneError: a file cannot be read, or a line is no pair; says which.
+    """
+    names = (spec.prompt, spec.chosen, spec.rejected)
+    for file in find(spec.path, ".jsonl"):
+        offset = 0
+        try:
+            with open(file.path, "rb") as lines:
+                for number, raw in enumerate(lines, 1):
+                    text = decode(raw, file.path, offset)
+                    offset += len(raw)
+                    if text.strip():
+                        yield _pair(text, names, f"{str(file.path)!r} line {number}")
+        except OSError as error:
+            raise TorchstoneError(f"cannot read {str(file.path)!r}: {error.strerror or error}") from None
+
+
+def _pair(line: str, names: tuple[str, str, str], where: str) -> Pair:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TorchstoneError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError):  # numbers and nesting beyond what Python reads
+        raise TorchstoneError(f"{where}: not JSON that can be read here") from None
+    if not isinstance(record, Mapping):
+        raise TorchstoneError(f"{where}: a JSON object is needed, not {type(record).__name__}")
+    for name in names:
+        if name not in record:
+            raise TorchstoneError(f"{where}: no field {name!r}; fields: {', '.join(list(record)[:10]) or 'none'}")
+        if not isinstance(record[name], str):
+            raise TorchstoneError(f"{where}: field {name!r} is {type(record[name]).__name__}, a string is needed")
+        try:
+            record[name].encode()
+        except UnicodeEncodeError:
+            raise TorchstoneError(
+                f"{where}: field {name!r} holds half of a surrogate pair, which UTF-8 cannot carry"
+            ) from None
+    return Pair(*(record[name] for name in names))
+
+
+def _encoded(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Pair]:
+    dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
+    texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
+    ids = iter([np.array(some, dtype) for some in tokenizer.encode_batch(texts)])
+    return [Pair(*three) for three in zip(ids, ids, ids, strict=True)]
+
+
+def _sides(prompts: Sequence[str]) -> np.ndarray:
+    """The number of each pair's split, int64 (P,)."""
+    if not prompts:
+        return np.empty(0, np.int64)
+    content_P = np.array([int.from_bytes(document_digest(text.encode())[:8], "little") for text in prompts], np.uint64)
+    draw_P = (mix(content_P) >> np.uint64(11)) / 2.0**53  # as `torchstone.data.split` draws for a document
+    side_P = np.searchsorted(_BOUNDS, draw_P, side="right")
+    share = np.bincount(side_P, minlength=len(_SPLITS)) / len(prompts)
+    if share[0] < 0.8 or share[1] < 0.01 or share[2] < 0.01:
+        known, of_P = np.unique(draw_P, return_inverse=True)
+        few = max(1, len(known) // 20) if len(known) > len(_SPLITS) else 0
+        side_P = np.searchsorted([len(known) - 2 * few, len(known) - few], of_P, side="right")
+    return side_P
