@@ -243,7 +243,7 @@ DEEPSEEK = {
     "flops_per_token": PowerLaw(0.1715, 0.5243),
     "tokens": PowerLaw(5.8316, 0.4757),
 }
-"""The paper's laws (equations 1 and 4), for its data, initialisation and optimiser; B and D in tokens."""
+"""The paper's laws (section 3), for its data, initialisation and optimiser; B and D in tokens."""
 
 
 def suggest(compute: float, laws: Mapping[str, PowerLaw] = DEEPSEEK) -> Suggestion:

@@ -124,7 +124,7 @@ SCHEDULE = Claim(
     text="After equally many steps, each at the best of three learning rates, a byte model trained at a constant rate "
     "that falls to 31.6 % after 80 % of the steps and to 10 % after 90 % has a loss at most 0.02 nats a byte above "
     "that of one trained on a cosine to 10 %.",
-    figure="the multi-step schedule ends essentially where the cosine does (figure 1a)",
+    figure="the multi-step schedule ends essentially where the cosine does",
     gates=(
         Effect(
             "not worse than the cosine",
