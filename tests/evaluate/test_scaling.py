@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,18 +397,27 @@ def test_a_cell_pays_its_budget_and_scales_the_feed_forward(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_sweep_is_trained_once_and_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_is_trained_once_and_goes_on(cli: Cli, tmp_path: Path) -> None:
     recipe = load_recipe(tiny.recipe(tmp_path, trainer={"save_every": 1000, "log_every": 20}))
-    grid = Grid((3e7, 6e7, 1.2e8, 2.4e8), sizes_of("8,16,24"))
+    grid = Grid((1e7, 2e7, 4e7, 8e7), sizes_of("8,12,16"))
     said: list[str] = []
     first = sweep(recipe, grid, tmp_path / "out", say=said.append)
     assert len(first) == 12 and sum("cell " in line for line in said) == 12
     assert [len(budget.sizes) for budget in budgets_of(first)] == [3, 3, 3, 3]
     said.clear()
-    wider = Grid((*grid.budgets, 4.8e8), grid.sizes)
+    wider = Grid((*grid.budgets, 1.6e8), grid.sizes)
     again = sweep(recipe, wider, tmp_path / "out", say=said.append)
     assert sum("cell " in line for line in said) == 3 and {p.name for p in first} < {p.name for p in again}
     assert {(p.name, p.loss) for p in read_points([tmp_path / "out"])} == {(p.name, p.loss) for p in again}
+    (tmp_path / "recipe.yaml").write_text(recipe.yaml())
+    asked = ("--recipe", tmp_path / "recipe.yaml", "--budgets", "1e7,2e7,4e7,8e7,1.6e8", "--sizes", "8,12,16")
+    told = cli("scale", "fit", *asked, "--out", tmp_path / "out")
+    assert "cell " not in told.err  # nothing is trained again, whatever so short trainings have to say
+    if told.status == 0:
+        assert "held out: 1.6" in told.out and (tmp_path / "out" / "scaling.json").is_file()
+    else:
+        assert told.status == 2 and re.match("torchstone: (budget|scale: the best loss)", told.err)
+        assert not (tmp_path / "out" / "scaling.json").exists()
     with pytest.raises(TorchstoneError, match="holds a sweep of another recipe"):
         sweep(recipe.override({"optimizer": {"lr": 0.5}}), grid, tmp_path / "out")
 

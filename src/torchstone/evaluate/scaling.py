@@ -36,6 +36,7 @@ __all__ = [
     "PowerLaw",
     "Scaling",
     "Suggestion",
+    "best_losses",
     "budgets_of",
     "closed_form",
     "fit",
@@ -242,7 +243,7 @@ DEEPSEEK = {
     "flops_per_token": PowerLaw(0.1715, 0.5243),
     "tokens": PowerLaw(5.8316, 0.4757),
 }
-"""The paper's laws (equations 1 and 4), for its data, initialisation and optimiser; B and D in tokens."""
+"""The paper's laws (section 3), for its data, initialisation and optimiser; B and D in tokens."""
 
 
 def suggest(compute: float, laws: Mapping[str, PowerLaw] = DEEPSEEK) -> Suggestion:
@@ -404,6 +405,19 @@ def minimum_of(budget: Budget) -> tuple[Minimum, np.ndarray]:
     return Minimum(budget.compute, size, budget.compute / size, float(c - b * b / (4 * a)), float(a)), noise
 
 
+def best_losses(budgets: Iterable[Budget]) -> list[tuple[float, float]]:
+    """(compute, loss) at the best split of each budget: the minimum of its parabola, so that it does not matter where
+    the grid of sizes lies; the best training's where no parabola has a minimum inside."""
+    found = []
+    for budget in budgets:
+        try:
+            minimum, _ = minimum_of(budget)
+            found.append((minimum.compute, minimum.loss))
+        except TorchstoneError:
+            found.append((budget.best.compute, budget.best.loss))
+    return found
+
+
 def fit_isoflop(points: Iterable[Point], bootstrap: int = 200, seed: int = 0) -> IsoFlop:
     """The best size and tokens as power laws of compute: per budget a parabola in log M through the best loss of each
     size, then a line through the logarithms of the minima.
@@ -461,7 +475,7 @@ def fit_loss(curve: Iterable[tuple[float, float]], bootstrap: int = 200, seed: i
     """A power law in compute with an irreducible term, by least squares.
 
     Args:
-        curve: (compute, loss) of the best training of each budget.
+        curve: (compute, loss) at the best split of each budget, see `best_losses`.
         bootstrap: draws of the residuals, for the interval of predictions; three budgets leave none.
         seed: of the draws.
 
@@ -521,7 +535,7 @@ class Scaling:
 
     Attributes:
         budgets: all of them, the held-out one too.
-        loss: the law of the best loss.
+        loss: the law of the loss at the best split.
         isoflop: the best split; None where no budget has several sizes.
         lr, batch: laws; None where they could not be fitted.
         tuned: the trainings that the laws of lr and batch stand on.
@@ -595,7 +609,7 @@ def fit(points: Iterable[Point], bootstrap: int = 200, seed: int = 0) -> Scaling
             laws[name], tuned[name] = fit_hyperparameters(trained, name, bootstrap, seed)
         except TorchstoneError as error:
             notes.append(f"{name} is not fitted: {error}")
-    law = fit_loss([(budget.best.compute, budget.best.loss) for budget in seen], bootstrap, seed)
+    law = fit_loss(best_losses(seen), bootstrap, seed)
     held_out = None
     if seen is not budgets:
         best = budgets[-1].best

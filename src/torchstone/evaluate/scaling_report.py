@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchstone.evaluate.scaling import DEEPSEEK, PowerLaw, Scaling
+from torchstone.evaluate.scaling import DEEPSEEK, PowerLaw, Scaling, best_losses
 from torchstone.files import full_disk, write_bytes, write_json
 
 __all__ = ["text_of", "write_report"]
@@ -92,11 +92,11 @@ def _loss(found: Scaling) -> bytes:
     for budget in found.budgets:
         axes.plot([p.compute for p in budget.points], [p.loss for p in budget.points], ".", color="0.75", ms=4)
     axes.plot(x, [found.loss(c) for c in x], color="C0", label="E + A C^-c")
-    axes.plot([b.best.compute for b in seen], [b.best.loss for b in seen], "o", color="C0", label="fitted on")
+    axes.plot(*zip(*best_losses(seen), strict=True), "o", color="C0", label="fitted on")
     if found.held_out is not None:
         held = found.held_out
         axes.plot([held.compute], [held.measured], "*", color="C3", ms=12, label=f"held out, {100 * held.error:+.2f} %")
-    axes.set(xscale="log", xlabel="compute C [FLOPs]", ylabel=found.unit, title="Best loss of a budget")
+    axes.set(xscale="log", xlabel="compute C [FLOPs]", ylabel=found.unit, title="Loss at the best split")
     axes.legend()
     axes.grid(alpha=0.3)
     return _png(figure)

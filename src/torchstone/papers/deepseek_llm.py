@@ -15,6 +15,7 @@ from torchstone.compare.sweep import Grid, Size, sweep
 from torchstone.errors import TorchstoneError
 from torchstone.evaluate.scaling import (
     Point,
+    best_losses,
     budgets_of,
     closed_form,
     fit_isoflop,
@@ -124,7 +125,7 @@ SCHEDULE = Claim(
     text="After equally many steps, each at the best of three learning rates, a byte model trained at a constant rate "
     "that falls to 31.6 % after 80 % of the steps and to 10 % after 90 % has a loss at most 0.02 nats a byte above "
     "that of one trained on a cosine to 10 %.",
-    figure="the multi-step schedule ends essentially where the cosine does (figure 1a)",
+    figure="the multi-step schedule ends essentially where the cosine does",
     gates=(
         Effect(
             "not worse than the cosine",
@@ -238,9 +239,10 @@ def _isoflop(scale: Scale, first: int) -> Measured:
         for seed in range(first, first + study.seeds):
             grid = Grid(study.budgets, sizes, seeds=(seed,))
             found = sweep(recipe, grid, Path(folder), say=lambda text: None)
-            *smaller, largest = ((budget.best.compute, budget.best.loss) for budget in budgets_of(found))
-            off[seed] = abs(predict(fit_loss(smaller, bootstrap=0), largest[0]).value / largest[1] - 1)
-            stays[seed] = abs(smaller[-1][1] / largest[1] - 1)
+            *smaller, largest = budgets_of(found)
+            law = fit_loss(best_losses(smaller), bootstrap=0)
+            off[seed] = abs(predict(law, largest.best.compute).value / largest.best.loss - 1)
+            stays[seed] = abs(smaller[-1].best.loss / largest.best.loss - 1)
             points += found
     inside = []
     for budget in budgets_of(points):
@@ -251,10 +253,10 @@ def _isoflop(scale: Scale, first: int) -> Measured:
         inside.append(budget)
     numbers = {"budgets with a minimum inside the sizes": float(len(inside)), "exponent of M": 0.0}
     if len(inside) >= 3:
-        law = fit_isoflop([point for budget in inside for point in budget.points], seed=first).flops_per_token
-        numbers["exponent of M"] = law.exponent
-        if law.low is not None and law.high is not None:
-            numbers |= {"exponent of M, from": law.low, "exponent of M, to": law.high}
+        best = fit_isoflop([point for budget in inside for point in budget.points], seed=first).flops_per_token
+        numbers["exponent of M"] = best.exponent
+        if best.low is not None and best.high is not None:
+            numbers |= {"exponent of M, from": best.low, "exponent of M, to": best.high}
     perfect = dict.fromkeys(off, 0.0)
     return Measured(numbers, {"law": off, "what was measured": perfect, "no law": stays})
 
