@@ -19,8 +19,10 @@ from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts
 from torchstone.objectives.dpo import DPO, DPOSpec, fingerprint
+from torchstone.recipe import load_recipe
 from torchstone.train import training
-from torchstone.train.checkpoint import load_tensors
+from torchstone.train.checkpoint import load_tensors, save_tensors
+from torchstone.train.memory import training_memory
 from torchstone.train.run import RunFolder, build_model
 from torchstone.train.training import train
 
@@ -34,7 +36,7 @@ def _float64(float64: None) -> Iterator[None]:
 
 
 def model_of(seed: int, **fields: Any) -> nn.Module:
-    holder = tiny.load_recipe({"model": {**MODEL, "residual": {"std": 0.3}, **fields}})
+    holder = load_recipe({"model": {**MODEL, "residual": {"std": 0.3}, **fields}})
     return build_model(holder.model, seed).double()
 
 
@@ -270,7 +272,7 @@ def test_another_reference_is_refused_on_resume(run: Callable[..., RunFolder], t
     before = tiny.listing(tmp_path / "run")
     file = tmp_path / "reference" / "model.safetensors"
     (weights := load_tensors(file))["decoder.norm.weight"][0] += 1e-6
-    tiny.save_tensors(file, weights)
+    save_tensors(file, weights)
     with pytest.raises(TorchstoneError, match=r"reference .*reference holds other weights than when this training"):
         run(resume=True, trainer=SHORT)
     assert tiny.listing(tmp_path / "run") == before
@@ -291,6 +293,16 @@ def test_init_from_is_the_reference_and_gives_the_tokenizer(tmp_path: Path, run:
     assert row["valid_loss"] == pytest.approx(math.log(2), abs=1e-6) and row["valid_accuracy"] == 0.5
     assert done.recipe.data.tokenizer.dump() == {"kind": "file", "path": str(tmp_path / "reference")}  # type: ignore[attr-defined]
     assert done.model_spec == RunFolder(tmp_path / "reference").model_spec
+
+
+def test_memory_counts_the_reference_and_what_chosen_and_rejected_rows_keep(
+    tmp_path: Path, run: Callable[..., RunFolder]
+) -> None:
+    recipe = load_recipe(tiny.preferences(tmp_path, model={**tiny.MODEL, "vocabulary": 259, "context": 24}))
+    found = training_memory(recipe)
+    assert found.weights == 2 * found.gradients
+    double = training_memory(recipe.override({"trainer": {"batch": 4}})).activations
+    assert found.activations is not None and double == pytest.approx(2 * found.activations, rel=0.1)
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path, run: Callable[..., RunFolder]) -> None:

@@ -109,6 +109,8 @@ class Objective(nn.Module):
     """Whether the loss of one example depends on the others of its batch."""
     codes: ClassVar[bool] = False
     """Whether the loss is the code length of the text, so that bits per byte mean something."""
+    reference: nn.Module | None = None
+    """A frozen model that the loss reads beside the one that trains: neither trained nor saved."""
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this loss makes no sense for, and a checkpoint that this objective cannot go on from:

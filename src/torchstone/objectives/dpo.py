@@ -75,14 +75,13 @@ class DPO(Objective):
     def __init__(self, spec: DPOSpec, reference: nn.Module, name: str = "reference") -> None:
         super().__init__()
         self.spec, self.name = spec, name
-        self.reference: nn.Module
         # kept from the module's own children: neither the optimiser nor a checkpoint may see its weights
         self.__dict__["reference"] = reference.eval().requires_grad_(False)
         self._digest = fingerprint(reference)
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(self._digest)), dtype=torch.uint8))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.reference._apply(fn, recurse)  # it moves to the device with the objective
+        self.__dict__["reference"]._apply(fn, recurse)  # it moves to the device with the objective
         return super()._apply(fn, recurse)
 
     def check(self, model: nn.Module) -> None:

@@ -57,6 +57,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
         if recipe.adapt is not None:
             recipe.adapt.prepare(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        beside = [] if objective.reference is None else [*objective.reference.parameters()]
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         optimizer = _optimizer_bytes(recipe, model)
         activations = _activations(recipe, model, objective, batch, selected, recipe.trainer.recompute)
@@ -67,7 +68,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
             activations += 2 * (every - activations) // layers
     rows = recipe.trainer.batch * getattr(recipe.data, "block", 1)
     return TrainingMemory(
-        weights,
+        weights + sum(p.numel() * p.element_size() for p in beside),
         trained,
         optimizer,
         weights if recipe.trainer.ema else 0,
