@@ -28,7 +28,7 @@ def test_pairs_obey_the_rule_and_the_first_model_sees_none_of_it(tmp_path: Path)
     assert len(rows) == 500
     assert all(liked(row["prompt"], row["chosen"]) > liked(row["prompt"], row["rejected"]) for row in rows)
     texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    mean = sum(liked(text[:-6], text[-6:]) for text in texts) / len(texts)
+    mean = sum(liked(text[:4], text[4:10]) for text in texts) / len(texts)
     assert mean == pytest.approx(3, abs=0.2)
 
 

@@ -56,7 +56,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(100, 100, 16, 2_000, 1, 1, (3e-3,), (1e-3,)),
-    "evidence": _Size(300, 400, 32, 8_000, 5, 3, (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)),
+    "evidence": _Size(300, 400, 32, 8_000, 5, 3, (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)),
 }
 
 
@@ -68,6 +68,11 @@ def _prompt(rng: random.Random) -> str:
     return _letters(rng, _PROMPT) + rng.choice("+-")
 
 
+def _response(rng: random.Random, prompt: str) -> str:
+    """Letters that know nothing of the prompt, and a mark that does: so the first model learns to look at its sign."""
+    return _letters(rng, _RESPONSE) + ("!" if prompt.endswith("+") else "?")
+
+
 def _liked(prompt: str, response: str) -> int:
     """The rule: a prompt that ends in plus wants letters of the alphabet's first half, one that ends in minus the
     others."""
@@ -76,14 +81,15 @@ def _liked(prompt: str, response: str) -> int:
 
 
 def _write(folder: Path, size: _Size, seed: int) -> None:
-    """Texts, whose responses know nothing of their prompts, and pairs of such responses: the one that the rule likes
-    better is chosen."""
+    """Texts of prompts and responses, and pairs of such responses: the one that the rule likes better is chosen."""
     rng = random.Random(seed)
-    texts = (json.dumps({"text": _prompt(rng) + _letters(rng, _RESPONSE)}) + "\n" for _ in range(size.pairs))
-    (folder / "texts.jsonl").write_text("".join(texts))
+    prompts = [_prompt(rng) for _ in range(size.pairs)]
+    texts = "".join(json.dumps({"text": prompt + _response(rng, prompt)}) + "\n" for prompt in prompts)
+    (folder / "texts.jsonl").write_text(texts)
     rows: list[str] = []
     while len(rows) < size.pairs:
-        prompt, one, other = _prompt(rng), _letters(rng, _RESPONSE), _letters(rng, _RESPONSE)
+        prompt = _prompt(rng)
+        one, other = _response(rng, prompt), _response(rng, prompt)
         if _liked(prompt, one) != _liked(prompt, other):
             chosen, rejected = (one, other) if _liked(prompt, one) > _liked(prompt, other) else (other, one)
             rows.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
@@ -134,7 +140,7 @@ def _divergence(policy: RunFolder, reference: RunFolder, seed: int, count: int =
     prompts = [_prompt(rng) for _ in range(count)]
     ids_BT = torch.tensor([[tokenizer.separator, *tokenizer.encode(prompt)] for prompt in prompts])
     going_B, total = torch.ones(count, dtype=torch.bool), 0.0
-    for _ in range(_RESPONSE + 1):
+    for _ in range(_RESPONSE + 2):
         logp_BV, theirs_BV = (model(ids_BT, outputs="last").logits[:, -1].log_softmax(-1) for model in models)
         total += float(((logp_BV.exp() * (logp_BV - theirs_BV)).sum(-1) * going_B).sum())
         drawn_B1 = torch.multinomial(logp_BV.exp(), 1, generator=generator)
@@ -207,8 +213,8 @@ _planted.builds = (  # type: ignore[attr-defined]
 PLANTED_PREFERENCE = Claim(
     id="planted-preference",
     kind="behaviour",
-    text="A byte model of two layers learns texts whose responses know nothing of their prompts, and then 8,000 pairs "
-    "of responses of which one was chosen by a rule: after a plus the one with more letters of the alphabet's first "
+    text="A byte model of two layers learns responses whose letters know nothing of their prompts, then 8,000 pairs "
+    "of such responses of which one was chosen by a rule: after a plus the one with more letters of the alphabet's first "
     "half, after a minus the other (400 steps, each stage at the best of three learning rates). By its implicit reward "
     "it prefers the right one of at least 9 in 10 held-out pairs, where the reference's own log-probabilities are "
     "within 0.05 of one half and labels drawn by chance leave it within 0.1. The KL from the reference is measured "
