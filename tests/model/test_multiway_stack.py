@@ -103,7 +103,7 @@ def gradients(model: Any, how: str) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("how", ["recomputed", "compiled"])
+@pytest.mark.parametrize("how", ["recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_two_forwards_before_one_backward(how: str) -> None:
     wanted, found = gradients(made(), "plain"), gradients(made(), how)
     for name, gradient in wanted.items():

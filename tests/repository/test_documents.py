@@ -190,6 +190,7 @@ LONG = {
     "longmem.md",
     "multi-token-prediction.md",
     "preferences.md",
+    "scaling.md",
     "recipes.md",
     "reproduce.md",
     "structured-prompting.md",
