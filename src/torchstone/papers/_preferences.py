@@ -213,12 +213,12 @@ _planted.builds = (  # type: ignore[attr-defined]
 PLANTED_PREFERENCE = Claim(
     id="planted-preference",
     kind="behaviour",
-    text="A byte model of two layers learns responses whose letters know nothing of their prompts, then 8,000 pairs "
-    "of such responses of which one was chosen by a rule: after a plus the one with more letters of the alphabet's "
-    "first half, after a minus the other (400 steps, each stage at the best of three learning rates). By its implicit "
-    "reward it prefers the right one of at least 9 in 10 held-out pairs, where the reference's own log-probabilities are "
-    "within 0.05 of one half and labels drawn by chance leave it within 0.1. The KL from the reference is measured "
-    "beside it and no part of the claim.",
+    text="A byte model of two layers learns responses whose letters know nothing of their prompts, then 8,000 pairs of"
+    " such responses of which one was chosen by a rule: after a plus the one with more letters of the alphabet's "
+    "first half, after a minus the other (400 steps, each stage at the best of three learning rates). By its "
+    "implicit reward it prefers the right one of at least 9 in 10 held-out pairs, where the reference's own log-"
+    "probabilities are within 0.05 of one half and labels drawn by chance leave it within 0.1. The KL from the "
+    "reference is measured beside it and no part of the claim.",
     figure="after DPO the chat model's open-ended answers are preferred (MT-Bench 8.35 to 8.76), standard benchmarks "
     "stay as they were",
     gates=(
