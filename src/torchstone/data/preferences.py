@@ -17,9 +17,8 @@ P pairs, B pairs of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +28,8 @@ from pydantic import Field
 
 from torchstone.data.blocks import IGNORE, shuffled
 from torchstone.data.corpora import document_digest
-from torchstone.data.corpora._files import decode, find, fingerprint
+from torchstone.data.corpora._files import find, fingerprint
+from torchstone.data.corpora._lines import lines, text_of
 from torchstone.data.hashing import mix
 from torchstone.data.spec import DataSpec
 from torchstone.data.tokenizers import TokenizerSpec
@@ -204,41 +204,19 @@ def read(spec: PreferencesDataSpec) -> Iterator[Pair]:
     Raises:
         TorchstoneError: a file cannot be read, or a line is no pair; says which.
     """
-    names = (spec.prompt, spec.chosen, spec.rejected)
-    for file in find(spec.path, ".jsonl"):
-        offset = 0
-        try:
-            with open(file.path, "rb") as lines:
-                for number, raw in enumerate(lines, 1):
-                    text = decode(raw, file.path, offset)
-                    offset += len(raw)
-                    if text.strip():
-                        yield _pair(text, names, f"{str(file.path)!r} line {number}")
-        except OSError as error:
-            raise TorchstoneError(f"cannot read {str(file.path)!r}: {error.strerror or error}") from None
+    for _, where, record in lines(spec.path):
+        yield Pair(*(_text(record, name, where) for name in (spec.prompt, spec.chosen, spec.rejected)))
 
 
-def _pair(line: str, names: tuple[str, str, str], where: str) -> Pair:
+def _text(record: dict[str, Any], name: str, where: str) -> str:
+    text = text_of(record, name, where)
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TorchstoneError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError):  # numbers and nesting beyond what Python reads
-        raise TorchstoneError(f"{where}: not JSON that can be read here") from None
-    if not isinstance(record, Mapping):
-        raise TorchstoneError(f"{where}: a JSON object is needed, not {type(record).__name__}")
-    for name in names:
-        if name not in record:
-            raise TorchstoneError(f"{where}: no field {name!r}; fields: {', '.join(list(record)[:10]) or 'none'}")
-        if not isinstance(record[name], str):
-            raise TorchstoneError(f"{where}: field {name!r} is {type(record[name]).__name__}, a string is needed")
-        try:
-            record[name].encode()
-        except UnicodeEncodeError:
-            raise TorchstoneError(
-                f"{where}: field {name!r} holds half of a surrogate pair, which UTF-8 cannot carry"
-            ) from None
-    return Pair(*(record[name] for name in names))
+        text.encode()
+    except UnicodeEncodeError:
+        raise TorchstoneError(
+            f"{where}: field {name!r} holds half of a surrogate pair, which UTF-8 cannot carry"
+        ) from None
+    return text
 
 
 def _encoded(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Pair]:
