@@ -184,7 +184,7 @@ def test_first_ten_losses_are_the_kept_ones(name: str, written: Callable[[str, l
     if os.environ.get("TORCHSTONE_GOLDEN") == "write":
         written(name, losses)
     assert name in stored(), f"no golden losses of {name}: make golden"
-    assert losses == pytest.approx(stored()[name], rel=1e-4 if name != "bf16" else 1e-3)  # CPUs round differently
+    assert losses == pytest.approx(stored()[name], rel=2e-5 if name != "bf16" else 1e-3)  # CPUs differ by up to 1.6e-5
 
 
 def test_every_kind_has_an_entry_and_every_entry_a_case() -> None:

@@ -219,8 +219,7 @@ PLANTED_PREFERENCE = Claim(
     "implicit reward it prefers the right one of at least 9 in 10 held-out pairs, where the reference's own log-"
     "probabilities are within 0.05 of one half and labels drawn by chance leave it within 0.1. The KL from the "
     "reference is measured beside it and no part of the claim.",
-    figure="after DPO the chat model's open-ended answers are preferred (MT-Bench 8.35 to 8.76), standard benchmarks "
-    "stay as they were",
+    figure="one epoch of DPO at a learning rate of 5e-6 after supervised fine-tuning",
     gates=(
         Effect(
             "accuracy of the implicit reward above 0.9",
