@@ -242,6 +242,16 @@ def test_side_layers_start_from_the_backbone(tmp_path: Path, adapted: tuple[Any,
                 torch.testing.assert_close(value, after[source], rtol=0, atol=1e-9)
 
 
+def test_a_run_of_bytes_starts_one_over_data_laid_over_bytes(tmp_path: Path, adapted: tuple[Any, Any]) -> None:
+    base, _ = adapted
+    recipe = {**tiny.recipe(tmp_path), "init_from": str(base.path), "adapt": {"kind": "longmem"}}
+    recipe["data"] = {**recipe["data"], "kind": "facts", "segments": 6, "facts": 2, "nearest": 16, "farthest": 64}
+    recipe["trainer"] = {**recipe["trainer"], "steps": 1}
+    del recipe["model"], recipe["data"]["tokenizer"]
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    assert run.recipe.data.tokenizer.kind == "bytes"
+
+
 def test_memory_is_remembered_saved_loaded_and_forgotten(adapted: tuple[Any, Any]) -> None:
     _, run = adapted
     lm = LongMem.load(run.path)

@@ -280,6 +280,8 @@ def test_another_reference_is_refused_on_resume(run: Callable[..., RunFolder], t
 
 def test_init_from_is_the_reference_and_gives_the_tokenizer(tmp_path: Path, run: Callable[..., RunFolder]) -> None:
     """The recipe of the documents: nothing but where to start, pairs and the objective."""
+    trained = {"tokenizer": {"kind": "bpe", "vocabulary": 300}}
+    tiny.saved(tmp_path / "reference", {**tiny.recipe(tmp_path, data=trained), "trainer": {"seed": 7}})
     made = tiny.preferences(tmp_path, trainer=SHORT)
     recipe = {
         "init_from": str(tmp_path / "reference"),

@@ -255,7 +255,13 @@ class RunFolder:
         self.require()
         body: dict[str, Any] = {"model": self.model_spec.dump()}
         if (self.path / "tokenizer.json").is_file():
-            body["data"] = {"kind": "text", "tokenizer": {"kind": "file", "path": str(self.path)}}
+            made = getattr(self.recipe.data, "tokenizer", None)
+            # bytes need no file, and data that is laid over bytes takes nothing else
+            plain = made is not None and made.kind == "bytes"
+            body["data"] = {
+                "kind": "text",
+                "tokenizer": "bytes" if plain else {"kind": "file", "path": str(self.path)},
+            }
         return body
 
     def model(
