@@ -4,7 +4,7 @@ STEPS =
 # Two worker processes with one thread each use two cores better than one process with two threads.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-all lint types layers check golden papers evidence-check bench clean
+.PHONY: help run test test-all lint types layers check golden papers evidence-check evidence-confirm bench clean
 
 help:
 	@echo 'make run [STEPS=20]  set up, train a small model on real text, show its learning curve, write text with it'
@@ -16,6 +16,7 @@ help:
 	@echo 'make check           lint, types and layers'
 	@echo 'make golden          write the golden losses anew'
 	@echo 'make papers          write the pages and the table of papers from their evidence'
+	@echo 'make evidence-confirm keep evidence whose sources changed and whose numbers did not (SLUG=tim)'
 	@echo 'make evidence-check  run drawn pieces of evidence again and compare (CELLS=2)'
 	@echo 'make bench           measure speed beside other libraries'
 	@echo 'make clean           remove build files and caches; .venv and runs stay'
@@ -59,6 +60,10 @@ CELLS = 2
 evidence-check:
 	@sh scripts/setup.sh test
 	.venv/bin/python scripts/evidence_check.py --cells $(CELLS) --draw $$(git rev-list --count HEAD 2>/dev/null || echo 0)
+
+evidence-confirm:
+	@sh scripts/setup.sh test
+	.venv/bin/python scripts/evidence_confirm.py $(SLUG)
 
 bench:
 	@sh scripts/setup.sh test

@@ -221,6 +221,10 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
     ("embedding", "token"): _tokens,
     ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
+    # ids, patches with their bias, class and mask, places of both sides
+    ("embedding", "vision_language"): lambda spec, D, V: (
+        D * (V + spec.channels * spec.patch**2 + 1 + 2 + 1 + spec.patches + spec.positions)
+    ),
     ("head", "lm"): lambda spec, D, V, norm, E: 0 if spec.tied else V * D + V * spec.bias,
     ("head", "mlm"): lambda spec, D, V, norm, E: D * E + E + of(norm)(norm, E) + V + (0 if spec.tied else V * E),
     ("head", "classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.pooler,

@@ -25,6 +25,7 @@ from conformance.variants import EXPERTS, layout, layouts, variants
 from torchstone.keys import Key
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
+from torchstone.model.embedding.vision_language import VisionLanguage
 from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
@@ -1127,6 +1128,36 @@ def _() -> None:
         wanted = torch.stack([torch.stack(row) for row in rows])
         tokens = m.tokens(pixels)
         same(m(pixels, tokens, None, Context.alone(wanted)), wanted, str(spec))
+
+
+@oracle("embedding", "vision_language")
+def _() -> None:
+    for spec in specs("embedding", "vision_language"):
+        m, P, n = ready(spec.build(Site(width=32), 61)), spec.patch, spec.image // spec.patch
+        pixels, ids = drawn(2, spec.channels, spec.image, spec.image), drawn_ids(2, 6)
+        valid, masked = torch.arange(6) >= torch.tensor([[0], [2]]), drawn(2, n * n) > 0
+        factor, rows = math.sqrt(32) if spec.scale else 1, []
+        for b in range(2):
+            row = [m.class_token]
+            for i, j in product(range(n), range(n)):
+                patch = pixels[b, :, P * i : P * (i + 1), P * j : P * (j + 1)].reshape(-1)
+                row.append(m.mask_token if masked[b, n * i + j] else m.project.weight @ patch + m.project.bias)
+            row = [factor * x + place for x, place in zip(row, m.vision_positions, strict=True)]
+            for t in range(6):
+                place = max(0, int(valid[b, :t].sum()) if valid[b, t] else int(valid[b, : t + 1].sum()) - 1)
+                row.append(factor * m.weight[ids[b, t]] + m.text_positions[place])
+            rows.append(torch.stack(row))
+        wanted = torch.stack(rows)
+        both, whole = VisionLanguage(pixels, ids, masked, valid), Context.alone(wanted, causal=False)
+        tokens = m.tokens(both)
+        assert tokens.modality.tolist() == [[0] * (1 + n * n) + [1] * 6]
+        assert tokens.valid.tolist() == [[True] * (1 + n * n) + row for row in valid.tolist()]
+        same(m(both, tokens, None, whole), wanted, str(spec))
+        for alone, part in (
+            (VisionLanguage(pixels, masked=masked), wanted[:, : 1 + n * n]),
+            (Tokens.of(ids[:1]), wanted[:1, 1 + n * n :]),
+        ):
+            same(m(alone, m.tokens(alone), None, Context.alone(part, causal=False)), part, str(spec))
 
 
 @oracle("head", "lm")

@@ -100,6 +100,10 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "sized": {"size": 12, "types": 2, "norm": "layernorm"},
     },
     ("embedding", "patch"): {"default": {"image": 8, "patch": 2, "channels": 2}, "bare": {"class_token": False}},
+    ("embedding", "vision_language"): {
+        "default": {"image": 8, "patch": 4, "channels": 2, "positions": 48},
+        "scaled": {"image": 4, "patch": 2, "channels": 1, "positions": 48, "scale": True},
+    },
     ("head", "lm"): {"untied": {"tied": False, "bias": True}, "softcap": {"softcap": 5.0, "scale": True}},
     ("head", "mlm"): {"untied": {"tied": False}},
     ("head", "classification"): {

@@ -3,6 +3,7 @@ gives where it is installed; what has no place is refused by name."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torchstone.interop.importing import import_run
 from torchstone.interop.layout import find_layout
 from torchstone.interop.torchscale import from_torchscale
 from torchstone.keys import Key
+from torchstone.model.embedding.vision_language import VisionLanguage
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import TransformerSpec
 from torchstone.spec import validate
@@ -30,7 +32,7 @@ IDS = torch.randint(V, (2, T), generator=Key(3).generator())
 SOURCE = torch.randint(V, (2, 7), generator=Key(4).generator())
 VALID = torch.arange(T) < torch.tensor([[T], [7]])
 Tensors = dict[str, torch.Tensor]
-SPLIT, WAY = 4, "?"
+SPLIT, WAY = 5, "?"
 """Tokens of the first of two modalities, and where their letter stands in a name."""
 MODALITY = (torch.arange(T) >= SPLIT).long()[None]
 
@@ -258,16 +260,20 @@ def run_side(
     memory: torch.Tensor | None = None,
     both: bool = False,
     valid: torch.Tensor | None = None,
+    embedded: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Hidden states of TorchScale's `Encoder` or `Decoder`."""
+    """Hidden states of TorchScale's `Encoder` or `Decoder`; `embedded` takes the place of ids and their positions."""
     eps, alpha, pre = config.get("layernorm_eps", 1e-5), weight(side, config, both), before(config, side)
     act = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}[config.get("activation_fn", "gelu")]
-    x = t[f"{at}embed_tokens.weight"][ids] * (1.0 if config.get("no_scale_embedding", True) else D**0.5)
+    if embedded is None:
+        x = t[f"{at}embed_tokens.weight"][ids] * (1.0 if config.get("no_scale_embedding", True) else D**0.5)
+    else:
+        x = embedded
     if f"{at}embed_positions.weight" in t:
         x = x + t[f"{at}embed_positions.weight"][2 : 2 + ids.shape[1]]
     if f"{at}layernorm_embedding.weight" in t:
         x = normed(x, t, f"{at}layernorm_embedding", eps)
-    ahead = torch.arange(ids.shape[1])[None, :] - torch.arange(ids.shape[1])[:, None]
+    ahead = torch.arange(x.shape[1])[None, :] - torch.arange(x.shape[1])[:, None]
     seen = (ahead <= 0)[None] if side == "decoder" else torch.ones_like(ahead, dtype=torch.bool)[None]
     seen = seen if valid is None else seen & valid[:, None]
     table = t.get(f"{at}{'relative_position' if side == 'encoder' else 'self_attn_relative_position'}"
@@ -656,6 +662,111 @@ def test_a_file_without_its_config_or_with_more_than_tensors_is_one_sentence(tmp
     )
 
 
+# ------------------------------------------------------------------------------------------- BEiT-3: pictures and texts
+
+BEIT3: dict[str, dict[str, Any]] = {
+    "released": {},
+    "deepnorm": {"deepnorm": True, "subln": False},
+    "scaled": {"no_scale_embedding": False},
+    "output": {"no_output_layer": False},
+}
+PIXELS = torch.randn(2, 3, 8, 8, generator=Key(5).generator())
+MASKED = torch.tensor([[True, False, False, True], [False, True, False, False]])
+TEXT, SHOWN = IDS[:, SPLIT:], VALID[:, SPLIT:]
+INPUTS = {
+    "pair": VisionLanguage(PIXELS, TEXT),
+    "masked and padded": VisionLanguage(PIXELS, TEXT, MASKED, SHOWN),
+    "picture": VisionLanguage(PIXELS, masked=MASKED),
+    "text": VisionLanguage(ids=TEXT, valid=SHOWN),
+}
+
+
+def beit3_config(case: str) -> dict[str, Any]:
+    own = {"img_size": 8, "patch_size": 4, "multiway": True, "no_output_layer": True}
+    return {**sizes("encoder"), **own, **BEIT3[case]}
+
+
+def beit3_names(config: dict[str, Any]) -> Tensors:
+    names = Names()
+    side_names(names, "encoder", config, "", False)
+    t = {f"encoder.{name}": tensor for name, tensor in names.tensors.items() if not name.startswith("embed")}
+    shapes = {
+        "text_embed.weight": (V, D),
+        "vision_embed.proj.weight": (D, 3, 4, 4),
+        "vision_embed.proj.bias": (D,),
+        "vision_embed.cls_token": (1, 1, D),
+        "vision_embed.mask_token": (1, 1, D),
+        "encoder.embed_positions.A.weight": (SPLIT + 2, D),
+        "encoder.embed_positions.B.weight": (ROWS, D),
+    }
+    if not config["no_output_layer"]:
+        shapes["encoder.output_projection.weight"] = (V, D)
+    return t | {name: 0.3 * torch.randn(shape, generator=names.generator) for name, shape in shapes.items()}
+
+
+def beit3_formula(t: Tensors, config: dict[str, Any], x: VisionLanguage) -> torch.Tensor:
+    """Every token by itself, in the order of the class token, patches in reading order, ids."""
+    factor = 1.0 if config.get("no_scale_embedding", True) else D**0.5
+    found, ways = [], ""
+    if x.pixels is not None:
+        grid = F.conv2d(x.pixels, t["vision_embed.proj.weight"], t["vision_embed.proj.bias"], stride=4)
+        patches = grid.flatten(2).transpose(1, 2)
+        if x.masked is not None:
+            patches = torch.where(x.masked[..., None], t["vision_embed.mask_token"], patches)
+        seen = torch.cat([t["vision_embed.cls_token"].expand(2, 1, D), patches], 1)
+        found.append(seen * factor + t["encoder.embed_positions.A.weight"][2:])
+        ways += "A"
+    if x.ids is not None:
+        places = t["encoder.embed_positions.B.weight"][2 : 2 + x.ids.shape[1]]
+        found.append(t["text_embed.weight"][x.ids] * factor + places)
+        ways += "B"
+    stack = {name.removeprefix("encoder."): tensor for name, tensor in t.items() if ".embed_positions" not in name}
+    if ways != "AB":  # only one of each pair is met
+        parts = {name: name.split(".") for name in stack}
+        stack = {".".join(p for p in path if p not in "AB"): stack[n] for n, path in parts.items() if ways in path}
+    valid = None if x.valid is None else x.valid
+    if valid is not None and x.pixels is not None:
+        valid = torch.cat([torch.ones(2, SPLIT, dtype=torch.bool), valid], 1)
+    y = run_side(stack, "encoder", config, TEXT, embedded=torch.cat(found, 1), valid=valid)
+    return y if config["no_output_layer"] else y @ t["encoder.output_projection.weight"].T
+
+
+def shown(x: VisionLanguage, hidden: torch.Tensor) -> torch.Tensor:
+    """What is no padding."""
+    if x.valid is None:
+        return hidden
+    valid = x.valid if x.pixels is None else torch.cat([torch.ones(2, SPLIT, dtype=torch.bool), x.valid], 1)
+    return hidden[valid]
+
+
+@pytest.mark.parametrize("case", BEIT3)
+@pytest.mark.parametrize("what", INPUTS)
+@torch.no_grad()
+def test_beit3_gives_what_the_formulas_give(case: str, what: str) -> None:
+    config, x = beit3_config(case), INPUTS[what]
+    t = beit3_names(config)
+    ours = from_torchscale("beit3", config, t)
+    assert ours.spec.context == SPLIT + ROWS - 2
+    found = ours(x).hidden if config["no_output_layer"] else ours(x).logits
+    same(shown(x, found), shown(x, beit3_formula(t, config, x)))
+
+
+@pytest.mark.parametrize("case", BEIT3)
+def test_beit3_is_written_again(case: str) -> None:
+    layout, config = find_layout("torchscale-beit3"), beit3_config(case)
+    t = beit3_names(config)
+    spec = validate(TransformerSpec, layout.to_spec(config, {name: tuple(x.shape) for name, x in t.items()}))
+    written = layout.to_theirs(layout.to_ours(t, spec), spec)
+    assert written.keys() == t.keys()
+    for name, tensor in t.items():
+        wanted = tensor.clone()
+        if ".embed_positions" in name:
+            wanted[:2] = 0
+        torch.testing.assert_close(written[name], wanted, rtol=0, atol=0)
+    again = layout.to_config(spec)
+    assert validate(TransformerSpec, layout.to_spec(again)) == spec and asked(config).items() <= again.items()
+
+
 # ------------------------------------------------------------------------------------------------- TorchScale itself
 
 
@@ -719,6 +830,20 @@ def test_an_encoder_or_a_decoder_gives_what_torchscale_gives(
         found = ours(Tokens.of(IDS, valid=VALID, modality=modality)).logits
         wanted = theirs(IDS, encoder_padding_mask=~VALID, multiway_split_position=split)["encoder_out"]
         same(found[VALID], wanted[VALID])
+
+
+@pytest.mark.parametrize("case", BEIT3)
+@torch.no_grad()
+def test_beit3_gives_what_torchscale_gives(case: str) -> None:
+    library, config = torchscale(), beit3_config(case)
+    values = library.architecture.config.EncoderConfig(**config, max_source_positions=ROWS)
+    theirs = shaken(importlib.import_module("torchscale.model.BEiT3").BEiT3(values))
+    ours = from_torchscale("beit3", config, theirs.state_dict())
+    for x in INPUTS.values():
+        padding = None if x.valid is None else ~x.valid
+        wanted = theirs(x.ids, x.pixels, padding, vision_masked_position=x.masked)["encoder_out"]
+        found = ours(x).hidden if config["no_output_layer"] else ours(x).logits
+        same(shown(x, found), shown(x, wanted))
 
 
 @pytest.mark.parametrize("case", [{}, {"deepnorm": True}, {"subln": False}, {"table": True}])

@@ -17,7 +17,7 @@ from torchstone.papers import Arms, Claim, Effect, Measured, Number, Paper, Sett
 from torchstone.papers import _reproduce as machine
 from torchstone.papers._claim import decide_claim
 from torchstone.papers._pages import describe, page, table, text_of
-from torchstone.papers._reproduce import evidence_of, read_evidence, record, run_claim, stale, status
+from torchstone.papers._reproduce import confirm, evidence_of, read_evidence, record, run_claim, stale, status
 
 BETTER = Effect("better", "method", "base", margin=0.1, null="null", sabotage="broken")
 NOT_WORSE = Effect("not worse", "method", "base", margin=-0.1, sabotage="broken")
@@ -112,6 +112,21 @@ def test_a_claim_that_changed_is_stale(paper: Paper) -> None:
     other = replace(paper.claims[0], gates=(replace(BETTER, margin=0.05),))
     assert stale(other, kept) == ["the claim"] and status(other, kept) == "stale"
     assert status(paper.claims[0], {**kept, "sources": {"torchstone.model.residual.pre": "0"}}) == "stale"
+
+
+def test_evidence_is_confirmed_for_other_sources(paper: Paper) -> None:
+    record(paper, [run_claim(paper.claims[0], "evidence")])
+    path = machine.EVIDENCE / "p.json"
+    data = json.loads(path.read_text())
+    data["claims"]["c"]["sources"] = {"torchstone.model.residual.pre": "0"}
+    path.write_text(json.dumps(data))
+    assert stale(paper.claims[0], read_evidence("p")["c"])
+    confirm("p", paper.claims[0], "20 steps of every arm")
+    kept = read_evidence("p")["c"]
+    assert stale(paper.claims[0], kept) == [] and kept["sources"] == {"torchstone.model.residual.pre": "0"}
+    kept["confirmed"]["sources"] = {}
+    other = replace(paper.claims[0], gates=(replace(BETTER, margin=0.05),))
+    assert stale(other, kept) == ["the claim"]
 
 
 def test_a_quick_look_keeps_no_verdict_and_records_nothing(paper: Paper) -> None:

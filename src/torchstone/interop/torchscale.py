@@ -18,7 +18,7 @@ from torchstone.spec import validate
 
 __all__ = ["Assembly", "from_torchscale"]
 
-Assembly = Literal["encoder", "decoder", "encoder-decoder", "retnet"]
+Assembly = Literal["encoder", "decoder", "encoder-decoder", "retnet", "beit3"]
 
 
 def from_torchscale(
@@ -27,8 +27,9 @@ def from_torchscale(
     """The model that computes what TorchScale's does.
 
     Args:
-        assembly: which of its classes: `Encoder`, `Decoder`, `EncoderDecoder` or `RetNetDecoder`; for LongNet's two,
-            `config` names the class besides: ``{"architectures": ["LongNetDecoder"], ...}``.
+        assembly: which of its classes: `Encoder`, `Decoder`, `EncoderDecoder`, `RetNetDecoder` or `BEiT3`, whose inputs
+            are a `torchstone.model.embedding.vision_language.VisionLanguage`; for LongNet's two, `config` names the
+            class besides: ``{"architectures": ["LongNetDecoder"], ...}``.
         config: keyword arguments of its config class; what is left out has TorchScale's default.
         state_dict: its tensors by name.
 

@@ -221,6 +221,8 @@ def page(paper: Paper) -> str:
             lines.append(f"| {_cell(gate['gate'])} | {gate['answer']} | {limit} | {controls} |")
         seeds = sorted({cell["seed"] for cell in found["cells"] if not cell.get("shifted")})
         cost = f"{found['seconds']:.0f} s, torch {found['machine']['torch']}"
+        if again := found.get("confirmed"):
+            cost += f"; confirmed at {again['commit'][:12]} by {again['by']}"
         lines += ["", (f"Seeds {seeds[0]} to {seeds[-1]}; " if seeds else "") + cost + ".", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -28,7 +28,18 @@ from torchstone.papers._claim import Arms, Claim, Effect, Paper, Scale, Setting,
 from torchstone.recipe import Recipe, parse_override
 from torchstone.spec import resolve
 
-__all__ = ["EVIDENCE", "Outcome", "evidence_of", "read_evidence", "recipe_of", "record", "run_claim", "stale", "status"]
+__all__ = [
+    "EVIDENCE",
+    "Outcome",
+    "confirm",
+    "evidence_of",
+    "read_evidence",
+    "recipe_of",
+    "record",
+    "run_claim",
+    "stale",
+    "status",
+]
 
 EVIDENCE = Path(__file__).parent / "evidence"
 """A JSON file a paper, written by `record` alone."""
@@ -294,8 +305,15 @@ def status(claim: Claim, kept: Mapping[str, Any] | None) -> str:
 def stale(claim: Claim, kept: Mapping[str, Any]) -> list[str]:
     """What has changed since the evidence was recorded: the claim itself, or the source of a part that it built."""
     changed = ["the claim"] if kept["claim"] != claim_hash(claim) else []
-    now = sources(claim)
-    return changed + sorted(name for name in {*now, *kept["sources"]} if now.get(name) != kept["sources"].get(name))
+    now, then = sources(claim), kept.get("confirmed", kept)["sources"]
+    return changed + sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+
+
+def confirm(slug: str, claim: Claim, how: str) -> None:
+    """Note beside a record that today's sources compute what those of its commit did, and how that was seen."""
+    kept = read_evidence(slug)
+    kept[claim.id]["confirmed"] = {"by": how, "commit": _commit(), "sources": sources(claim)}
+    write_json(EVIDENCE / f"{slug}.json", {"format": FORMAT, "slug": slug, "claims": kept})
 
 
 def claim_hash(claim: Claim) -> str:

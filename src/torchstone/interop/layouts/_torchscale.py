@@ -377,7 +377,7 @@ def shared_config(model: Model, side: Side) -> dict[str, Any]:
         "activation_dropout": model.spec.dropout,
         "drop_path_rate": model.spec.drop_path,
         "no_scale_embedding": not embedding.scale,
-        "layernorm_embedding": embedding.norm is not None,
+        "layernorm_embedding": getattr(embedding, "norm", None) is not None,
         "layernorm_eps": layer.norm.eps,
         "deepnorm": layer.residual.kind in ("deepnorm", "weighted"),
         "subln": layer.residual.kind == "subln",

@@ -17,7 +17,13 @@ from torchstone.model.embedding import Embedding, EmbeddingSpec
 from torchstone.model.site import Site
 from torchstone.model.tokens import Tokens
 
-__all__ = ["PatchEmbedding", "PatchSpec"]
+__all__ = ["PatchEmbedding", "PatchSpec", "cut"]
+
+
+def cut(x_BCII: torch.Tensor, P: int) -> torch.Tensor:
+    """Patches (B, (I / P)^2, C * P * P) in reading order."""
+    patches = x_BCII.unfold(2, P, P).unfold(3, P, P)  # (B, C, I/P, I/P, P, P)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class PatchSpec(EmbeddingSpec):
@@ -75,9 +81,7 @@ class PatchEmbedding(Embedding):
         embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if embeddings is None:
-            P = self.spec.patch
-            patches = inputs.unfold(2, P, P).unfold(3, P, P)  # (B, C, I/P, I/P, P, P)
-            x_BTD = self.project(patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
+            x_BTD = self.project(cut(inputs, self.spec.patch))
             if self.class_token is not None:
                 first = self.class_token.to(x_BTD.dtype).expand(x_BTD.shape[0], 1, -1)
                 x_BTD = torch.cat([first, x_BTD], 1)
