@@ -135,7 +135,7 @@ class VisionLanguageEmbedding(Embedding):
             size = beside.shape[1] if size is None else size
             if x.shape[-1] != size or len(x) not in (1, *rows):
                 raise TorchstoneError(f"{name}: needs shape (rows, {size}), not {tuple(x.shape)}")
-        if len(rows) > 1:
+        if inputs.pixels is not None and inputs.ids is not None and len(rows) > 1:
             raise TorchstoneError(f"{len(inputs.pixels)} pictures and {len(inputs.ids)} texts do not make pairs")
         if inputs.ids is not None and inputs.ids.shape[1] > spec.positions:
             raise TorchstoneError(f"a text of {inputs.ids.shape[1]} tokens: embedding.positions is {spec.positions}")
