@@ -3,8 +3,9 @@
 A *part* is a `PartSpec` and an `nn.Module` in one file. The spec is frozen data: documented, bounded fields and a
 `build` method. Its *family* is what it can stand for (attention, norm, optimizer); its *kind* is the name of the file
 that holds it. A field typed ``Part[AttentionSpec]`` accepts any kind of that family, known or not yet known to this
-process: the kind is resolved by importing that one file, then by entry points of the group ``torchstone.parts`` (named
-``family.kind``). Nothing central is edited to add a kind.
+process: the kind is resolved by importing that one file, from the family's folder or from one of that name in a wing
+(``domains/knowledge_graph/data``), then by entry points of the group ``torchstone.parts`` (named ``family.kind``).
+Nothing central is edited to add a kind.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pkgutil
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -67,6 +69,8 @@ FAMILIES: dict[str, str] = {
     "tokenizer": "torchstone.data.tokenizers",
 }
 """Family name -> the package that holds one file per kind."""
+WINGS = ("adapt", "compress", "rl", "interpret", "trust", "domains")
+"""Packages whose folders may hold kinds too, each in one named as the family's own."""
 
 _ROOTS: dict[str, type[PartSpec]] = {}
 _KINDS: dict[str, dict[str, type[PartSpec]]] = {}
@@ -116,7 +120,7 @@ class PartSpec(Spec):
             return
         if "kind" not in cls.__dict__:
             module = cls.__module__.rpartition(".")
-            if module[0] != FAMILIES.get(cls.family) or module[2].startswith("_"):
+            if module[0] not in _homes(cls.family) or module[2].startswith("_"):
                 return  # an abstract base, or a class outside the package that did not name its kind
             cls.kind = module[2]
         known = _KINDS[cls.family].get(cls.kind)
@@ -243,8 +247,8 @@ def resolve(family: str, kind: str) -> type[PartSpec]:
     if kind in _KINDS[family]:
         return _KINDS[family][kind]
     if kind.isidentifier() and not kind.startswith("_"):
-        home = _home(family)
-        if home and importlib.util.find_spec(f"{home}.{kind}") is not None:
+        here = (home for home in _homes(family) if importlib.util.find_spec(f"{home}.{kind}") is not None)
+        if home := next(here, None):
             importlib.import_module(f"{home}.{kind}")
         elif kind in _entry_points(family):
             _load_point(family, kind)
@@ -256,16 +260,24 @@ def resolve(family: str, kind: str) -> type[PartSpec]:
     return _KINDS[family][kind]
 
 
-def _home(family: str) -> str | None:
-    """The package of a family's kinds; None while nobody has made it."""
+@functools.cache
+def _homes(family: str) -> tuple[str, ...]:
+    """Packages of a family's kinds: its own, if anybody has made it, and those in the wings."""
     home = FAMILIES.get(family)
-    return home if home and importlib.util.find_spec(home) is not None else None
+    if home is None:
+        return ()
+    root = Path(__file__).parent
+    found = [home] if (root.parent / home.replace(".", "/")).is_dir() else []
+    for wing in WINGS:
+        folders = sorted((root / wing).glob(f"**/{home.rpartition('.')[2]}/__init__.py"))
+        found += [".".join(folder.parent.relative_to(root.parent).parts) for folder in folders]
+    return tuple(found)
 
 
 def kinds(family: str) -> list[str]:
     """Every kind of a family that can be resolved here, sorted. Imports the family's files."""
     family_root(family)
-    if home := _home(family):
+    for home in _homes(family):
         for module in pkgutil.iter_modules(importlib.import_module(home).__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{home}.{module.name}")
