@@ -34,6 +34,7 @@ class DataSpec(PartSpec):
 
     def prepare(self, progress: Callable[[str], None] | None = None) -> Any:
         """The splits, ready to train on: `train`, `valid`, `test`, `description`, `hash` and `tokenizer` as in
-        `torchstone.data.Prepared`; `tokenizer` is None where the ids are no text.
+        `torchstone.data.Prepared`; `tokenizer` is None where the ids are no text. What it may have besides: `sizes`,
+        numbers by name (entities, classes) that a model takes where its field of that name is open.
         """
         raise NotImplementedError

@@ -18,7 +18,6 @@ from torchstone.keys import Key
 from torchstone.model.carry import carry_of
 from torchstone.model.measure import Measures, measure
 from torchstone.model.site import parameter_name
-from torchstone.model.transformer import TransformerSpec
 from torchstone.objectives import Facts, Objective
 from torchstone.ops.compiler import compiler_works
 from torchstone.recipe import Recipe, load_recipe
@@ -257,22 +256,18 @@ def _facts(tokenizer: Tokenizer | None, recipe: Recipe) -> Facts:
 
 def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
     """The recipe with what the data and the machine decide filled in."""
-    patch: dict[str, Any] = {"trainer": {"threads": threads, "precision": precision}}
-    if isinstance(recipe.model, TransformerSpec):
-        model: dict[str, Any] = {}
-        tokenizer = prepared.tokenizer
-        # data without text have a vocabulary of their own
-        size = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
-        if recipe.model.vocabulary is None and size is not None:
-            model["vocabulary"] = size
-        if recipe.model.context is None:
-            model["context"] = recipe.data.block  # type: ignore[attr-defined]
-        patch["model"] = model
-        vocabulary = recipe.model.vocabulary
-        if vocabulary is not None and size is not None and vocabulary < size:
+    tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
+    # data without text have a vocabulary of their own, and sizes by other names
+    vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
+    sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
+    known = {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
+    given = {name: value for name in known if (value := getattr(recipe.model, name)) is not None}
+    for name, value in given.items():
+        if name != "context" and value < known[name]:
             whose = f"data {recipe.data.kind}" if tokenizer is None else "the tokenizer"
-            raise TorchstoneError(f"model.vocabulary: {vocabulary} is fewer than {whose}'s {size}")
-    return recipe.override(patch)
+            raise TorchstoneError(f"model.{name}: {value} is fewer than {whose}'s {known[name]}")
+    left = {name: size for name, size in known.items() if name not in given}
+    return recipe.override({"trainer": {"threads": threads, "precision": precision}, "model": left})
 
 
 def _objective(recipe: Recipe, facts: Facts) -> Objective:
@@ -312,11 +307,10 @@ def _check_same(recipe: Recipe, folder: RunFolder) -> None:
     """
     before = folder.recipe
     # what the data decide may stand open in the recipe and is filled in by `_resolve`
-    filled = {
-        name: getattr(before.model, name)
-        for name in ("vocabulary", "context")
-        if getattr(recipe.model, name, 0) is None and recipe.model.kind == before.model.kind
-    }
+    same_kind = recipe.model.kind == before.model.kind
+    fields = type(recipe.model).model_fields if same_kind else ()
+    open_here = {name: getattr(before.model, name) for name in fields if getattr(recipe.model, name) is None}
+    filled = {name: value for name, value in open_here.items() if isinstance(value, int)}
     same = recipe.override({"model": filled}) if filled else recipe
     differ = [field for field in same.differences(before) if not field.startswith(MAY_CHANGE)]
     if differ:
