@@ -120,6 +120,7 @@ def cases() -> dict[str, dict[str, Any]]:
     made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
     made["objective.dpo"] |= {"data": {"kind": "preferences", "path": "none"}, "init_from": "none"}
+    made["objective.classification"]["model"] = {"causal": False, "head": {"kind": "classification", "pool": "last"}}
     made["objective.multi_token"]["model"] = made["stack.multi_token"]["model"]
     made["stack.multi_token"]["objective"] = {"kind": "multi_token"}
     made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
@@ -155,9 +156,10 @@ def recipe_of(sections: dict[str, Any]) -> Recipe:
 def ten_losses(sections: dict[str, Any]) -> list[float]:
     recipe = recipe_of(sections)
     model = build_model(recipe.model, recipe.trainer.seed)
-    facts = Facts(VOCABULARY, 0, 1, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed))
+    facts = Facts(VOCABULARY, 0, 1, 2, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed))
     classifies = recipe.model.head.kind.endswith("classification")  # type: ignore[attr-defined]
-    objective = Classify() if classifies else recipe.objective.build(facts)
+    named = recipe.objective.kind == "classification"
+    objective = Classify() if classifies and not named else recipe.objective.build(facts)
     batches = Pairs() if recipe.data.paired else Tokens() if recipe.model.embedding.of_tokens else Pictures()  # type: ignore[attr-defined]
     source = Source(batches)
     trainer = Trainer(model, objective, source, recipe.optimizer, recipe.schedule, recipe.trainer, quiet=True)
