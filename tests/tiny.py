@@ -95,6 +95,14 @@ def labelled(folder: Path, **sections: Any) -> dict[str, Any]:
     return {**made, "objective": {"kind": "classification", **sections.get("objective", {})}}
 
 
+def distilled(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe whose student learns the relations of a wider teacher, which lies in `folder`."""
+    if not (teacher := folder / "teacher").exists():
+        saved(teacher, recipe(folder, model={**MODEL, "depth": 3, "width": 24, "attention": {"heads": 3}}))
+    objective = {"kind": "minilm_v2", "teacher": str(teacher), "relation_heads": 8, **sections.get("objective", {})}
+    return {**recipe(folder, **sections), "objective": objective}
+
+
 def examples(path: Path, count: int = 60, seed: int = 0) -> Path:
     """A file of short texts of three classes, each with letters that it likes."""
     rng, liked = random.Random(seed), {"red": "abc", "green": "def", "blue": "ghi"}

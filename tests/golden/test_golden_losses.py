@@ -121,6 +121,7 @@ def cases() -> dict[str, dict[str, Any]]:
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
     made["objective.dpo"] |= {"data": {"kind": "preferences", "path": "none"}, "init_from": "none"}
     made["objective.classification"]["model"] = {"causal": False, "head": {"kind": "classification", "pool": "last"}}
+    made["objective.minilm_v2"]["objective"] |= {"teacher": "none", "relation_heads": 4}
     made["objective.multi_token"]["model"] = made["stack.multi_token"]["model"]
     made["stack.multi_token"]["objective"] = {"kind": "multi_token"}
     made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
