@@ -6,7 +6,7 @@ Nothing here changes a model: gradients are taken with respect to pixels alone, 
 layers stay in the mode in which they are, and no taps are passed.
 
     pgd               Madry et al. 2018 (arXiv 1706.06083): signed gradient steps within a ball, restarts
-    adaptive_gain     cross-entropy + eta * log R-Con, for an attacker that knows the auxiliary head
+    adaptive_pgd      PGD on cross-entropy + eta * log R-Con, for an attacker that knows the auxiliary head
     multi_target      a run of PGD for each likely wrong class (Gowal et al. 2019, arXiv 1910.09338)
     carlini_wagner    Carlini and Wagner 2017 (arXiv 1608.04644): the nearest pixels, in L2, that evade
 
@@ -15,7 +15,7 @@ B examples, C classes, S shortfalls; pixels are (B, ...), as the callable takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "Ball",
     "Gain",
     "adaptive_gain",
+    "adaptive_pgd",
     "ascend",
     "carlini_wagner",
     "cross_entropy_gain",
@@ -147,7 +148,11 @@ def log_rcon(out: Classified) -> torch.Tensor:
 
 
 def adaptive_gain(classify: Classify, label_B: torch.Tensor, eta: float = 1.0) -> Gain:
-    """Cross-entropy + eta * log R-Con: wrong, and trusted all the same."""
+    """Cross-entropy + eta * log R-Con: wrong, and trusted all the same.
+
+    Where the prediction is right cross-entropy is -log Con, so that at eta = 1 the two cancel and A alone is raised: an
+    eta below 1 is what makes predictions wrong.
+    """
 
     def gain(pixels: torch.Tensor) -> torch.Tensor:
         out = classify(pixels)
@@ -167,7 +172,33 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# --------------------------------------------------------------------------------------------------- multi-target
+# ------------------------------------------------------------------------------------------------- several runs
+
+
+def adaptive_pgd(
+    classify: Classify,
+    pixels: torch.Tensor,
+    label_B: torch.Tensor,
+    ball: Ball,
+    etas: Sequence[float] = (0.1, 0.3, 1.0),
+    steps: int = 50,
+    step_size: float | None = None,
+    restarts: int = 1,
+    key: Key | None = None,
+) -> torch.Tensor:
+    """PGD on `adaptive_gain` for each eta; for each example the run that is wrong with the largest R-Con, or, if none is
+    wrong, the one with the largest cross-entropy."""
+    best, most_B = pixels, torch.full_like(label_B, -torch.inf, dtype=torch.float64)
+    for number, eta in enumerate(etas):
+        drawn = None if key is None else key.fold("eta", number)
+        x = pgd(adaptive_gain(classify, label_B, eta), pixels, ball, steps, step_size, restarts, drawn)
+        with torch.no_grad():
+            out = classify(x)
+            loss_B = F.cross_entropy(_wide(out.logits_BC), label_B, reduction="none")
+            # a wrong prediction is worth more than any right one: R-Con is above 0, and exp(-loss) at most 1
+            worth_B = torch.where(out.logits_BC.argmax(1) != label_B, log_rcon(out).exp(), -(-loss_B).exp())
+            best, most_B = _better(x, worth_B.to(most_B.dtype), best, most_B)
+    return best
 
 
 def multi_target(
