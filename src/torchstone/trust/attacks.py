@@ -25,6 +25,7 @@ from torchstone.keys import Key
 from torchstone.trust.model._classifier import Classified
 
 __all__ = [
+    "ETAS",
     "Ball",
     "Gain",
     "adaptive_gain",
@@ -44,6 +45,8 @@ __all__ = [
 Gain = Callable[[torch.Tensor], torch.Tensor]
 """Pixels (B, ...) -> (B,), to be raised."""
 Classify = Callable[[torch.Tensor], Classified]
+ETAS = (0.1, 0.3, 1.0)
+"""Weights of log R-Con that an attacker tries."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def adaptive_pgd(
     pixels: torch.Tensor,
     label_B: torch.Tensor,
     ball: Ball,
-    etas: Sequence[float] = (0.1, 0.3, 1.0),
+    etas: Sequence[float] = ETAS,
     steps: int = 50,
     step_size: float | None = None,
     restarts: int = 1,

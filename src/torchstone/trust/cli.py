@@ -29,8 +29,9 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 50,
     restarts: Annotated[int, typer.Option(help="Restarts of PGD.")] = 1,
     eta: Annotated[
-        str, typer.Option(help="Weights of log R-Con in adaptive-pgd; the worst run counts for each example.")
-    ] = "0.1,0.3,1",
+        list[float] | None,
+        typer.Option("--eta", help="Weight of log R-Con in adaptive-pgd; of several the worst run counts (0.1, 0.3, 1)."),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of right predictions that a threshold keeps.")] = 0.95,
     xi: Annotated[float, typer.Option(help="xi of the coupled rule.")] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Only this many examples of the test split.")] = None,
@@ -40,8 +41,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Attack a run's classifier: accuracy, and how well each score tells right from wrong predictions."""
-    from torchstone.files import numbers_of
     from torchstone.train.run import RunFolder
+    from torchstone.trust.attacks import ETAS
     from torchstone.trust.evaluation import evaluate as measure
 
     report = measure(
@@ -51,7 +52,7 @@ def evaluate(
         epsilon=epsilon,
         steps=steps,
         restarts=restarts,
-        etas=numbers_of("--eta", eta),
+        etas=ETAS if eta is None else eta,
         keep=keep,
         xi=xi,
         limit=limit,

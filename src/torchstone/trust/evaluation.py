@@ -18,6 +18,7 @@ from torchstone.keys import Key
 from torchstone.train.environment import choose_device
 from torchstone.train.run import RunFolder
 from torchstone.trust.attacks import (
+    ETAS,
     Ball,
     adaptive_pgd,
     carlini_wagner,
@@ -44,7 +45,7 @@ def evaluate(
     epsilon: float | None = None,
     steps: int = 50,
     restarts: int = 1,
-    etas: Sequence[float] = (0.1, 0.3, 1.0),
+    etas: Sequence[float] = ETAS,
     keep: float = 0.95,
     xi: float = 0.0,
     limit: int | None = None,
