@@ -89,7 +89,7 @@ def _gradients() -> dict[str, float]:
         host = which.build(Facts())
         batch = host.prepare({"pixels": pixels, "label": label}, Key(2))
         counts, result = host.counts(batch), host(trained, batch, None)
-        sum(term.weight * term.total / counts[term.over] for term in result.terms.values()).backward()  # type: ignore[union-attr]
+        sum(term.weight * term.total / counts[term.over] for term in result.terms.values()).backward()
         grads.append({name: p.grad for name, p in trained.named_parameters() if not name.startswith("rejection.")})
     return {
         "gradient of right predictions' logits": float(of_logits[right].abs().max()),
@@ -139,9 +139,9 @@ _exact.builds = _BUILDS  # type: ignore[attr-defined]
 EXACT = Claim(
     id="exact",
     kind="identity",
-    text="Where Con > 1/(2 - xi) and A is a xi-error of T-Con/Con, R-Con > 1/2 exactly on right predictions, in 100,000 "
-    "random cases; just outside the bound it fails. The auxiliary term does not move the logits of right predictions, "
-    "trains A on all, is least at A = T-Con/Con, and at weight 0 leaves the host's gradients bit for bit.",
+    text="Where Con > 1/(2 - xi) and A is a xi-error of T-Con/Con, R-Con > 1/2 exactly on right predictions, in "
+    "100,000 random cases; just outside the bound it fails. The auxiliary term does not move the logits of right "
+    "predictions, trains A, is least at A = T-Con/Con, and at weight 0 leaves the host's gradients bit for bit.",
     figure="Theorem 1; section 4.2",
     gates=(
         Number("violations with the ideal A", low=0, high=0),
@@ -207,7 +207,7 @@ _EPSILON, _BATCH, _ALL = 0.15, 100, 1797
 def _trained(size: _Size, objective: str, rate: float, seed: int) -> tuple[Any, Any]:
     """A classifier of digits, and its data, whose split has the seed of the training: 1,200 images to train on, 197 to
     choose on, 400 to test."""
-    head = None if objective == "adversarial" else {}
+    head: dict[str, Any] | None = None if objective == "adversarial" else {}
     steps = size.epochs * 1200 // _BATCH
     sections = one_thread(steps, _BATCH)
     recipe = load_recipe(
@@ -301,10 +301,10 @@ _apart.builds = (*_BUILDS, "torchstone.data.images", "torchstone.train.optimizer
 APART = Claim(
     id="tells-attacks-apart",
     kind="behaviour",
-    text="On digits, a small network trained by PGD-AT (epsilon 0.15) with the auxiliary head: under PGD-50 the AUC with "
-    "which R-Con tells right from wrong predictions is at least 0.02 above that of Con of the same network, under an "
-    "adaptive attack that knows the head it is above it, and no input contradicts the theorem. Other scores, accuracies "
-    "at TPR-95 and a network without the head are measured beside it and no part of the claim.",
+    text="On digits, a small network trained by PGD-AT (epsilon 0.15) with the auxiliary head: under PGD-50 the AUC "
+    "with which R-Con tells right from wrong predictions is at least 0.02 above that of Con of the same network, under "
+    "an adaptive attack that knows the head it is above it, and no input contradicts the theorem. Other scores, "
+    "accuracies at TPR-95 and a network without the head are measured beside it and no part of the claim.",
     figure="R-Con above Con and other rejection metrics on CIFAR-10 under PGD and adaptive attacks",
     gates=(
         Effect(

@@ -189,8 +189,8 @@ def adaptive_pgd(
     restarts: int = 1,
     key: Key | None = None,
 ) -> torch.Tensor:
-    """PGD on `adaptive_gain` for each eta; for each example the run that is wrong with the largest R-Con, or, if none is
-    wrong, the one with the largest cross-entropy."""
+    """PGD on `adaptive_gain` for each eta; for each example the run that is wrong with the largest R-Con, or, if none
+    is wrong, the one with the largest cross-entropy."""
     best, most_B = pixels, torch.full_like(label_B, -torch.inf, dtype=torch.float64)
     for number, eta in enumerate(etas):
         drawn = None if key is None else key.fold("eta", number)
@@ -214,8 +214,8 @@ def multi_target(
     step_size: float | None = None,
     key: Key | None = None,
 ) -> torch.Tensor:
-    """A run of PGD on z_t - z_y for each of the `targets` wrong classes t that are likeliest before the attack; for each
-    example the run after which the largest wrong logit exceeds the label's by most."""
+    """A run of PGD on z_t - z_y for each of the `targets` wrong classes t that are likeliest before the attack; for
+    each example the run after which the largest wrong logit exceeds the label's by most."""
     with torch.no_grad():
         clean_BC = _wide(classify(pixels).logits_BC)
     order_BC = clean_BC.scatter(1, label_B[:, None], -torch.inf).argsort(1, descending=True)

@@ -30,7 +30,9 @@ def evaluate(
     restarts: Annotated[int, typer.Option(help="Restarts of PGD.")] = 1,
     eta: Annotated[
         list[float] | None,
-        typer.Option("--eta", help="Weight of log R-Con in adaptive-pgd; of several the worst run counts (0.1, 0.3, 1)."),
+        typer.Option(
+            "--eta", help="Weight of log R-Con in adaptive-pgd; of several (0.1, 0.3, 1) the worst run counts."
+        ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of right predictions that a threshold keeps.")] = 0.95,
     xi: Annotated[float, typer.Option(help="xi of the coupled rule.")] = 0.0,
@@ -38,7 +40,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Examples at once.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the noise that attacks start from.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")] = False,
 ) -> None:
     """Attack a run's classifier: accuracy, and how well each score tells right from wrong predictions."""
     from torchstone.train.run import RunFolder

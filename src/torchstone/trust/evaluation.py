@@ -81,7 +81,7 @@ def evaluate(
     """
     spec = run.require().model_spec
     if not isinstance(spec, ClassifierSpec):
-        raise TorchstoneError(f"{run.path}: its model ({spec.kind}) classifies no images, and trust evaluate is of those")
+        raise TorchstoneError(f"{run.path}: its model ({spec.kind}) is no classifier of images")
     for name in attacks:
         if name not in ATTACKS:
             raise TorchstoneError(f"no attack {name!r}{nearest(name, ATTACKS)}; attacks: {', '.join(ATTACKS)}")

@@ -197,11 +197,11 @@ class BatchNorm(nn.Module):
         var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)
         with torch.no_grad():
             for kept, new in ((self.running_mean, mean), (self.running_var, var)):
-                kept.lerp_(new.to(kept.dtype), self.momentum)  # type: ignore[operator,union-attr,arg-type]
+                kept.lerp_(new.to(kept.dtype), self.momentum)  # type: ignore[operator]
 
 
 def he(tensor: torch.Tensor, role: str, generator: torch.Generator) -> None:
-    """First values before a ReLU (He et al. 2015, arXiv 1502.01852): normal, variance 2 over inputs; a head's 1 over."""
+    """First values before a ReLU (He et al. 2015, arXiv 1502.01852): normal, variance 2 / inputs; a head's 1 / inputs."""
     fan_in = tensor[0].numel()
     tensor.normal_(0, ((1 if role == "head" else 2) / fan_in) ** 0.5, generator=generator)
 

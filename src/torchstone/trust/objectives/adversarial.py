@@ -3,10 +3,10 @@
     pgd_at   CE(f(x'), y), x' = argmax CE(f(x'), y)                                 Madry et al. 2018, arXiv 1706.06083
     trades   CE(f(x), y) + beta KL(f(x) || f(x')), x' = argmax KL(f(x) || f(x'))     Zhang et al. 2019, arXiv 1901.08573
 
-The search takes signed gradient steps from noise that `prepare` draws, so the noise is a batch's, whatever micro-batches
-and ranks it is divided between, and validation is attacked from the same noise every time. It runs in the mode in which
-the model is (batch statistics in training, as in Pang et al. 2022; running ones in evaluation), and leaves parameters'
-gradients and running statistics alone.
+The search takes signed gradient steps from noise that `prepare` draws, so the noise is a batch's, whatever
+micro-batches and ranks it is divided between, and validation is attacked from the same noise every time. It runs in the
+mode in which the model is (batch statistics in training, as in Pang et al. 2022; running ones in evaluation), and
+leaves parameters' gradients and running statistics alone.
 
 B examples, C classes; pixels are (B, channels, I, I), from 0 to 1.
 """
