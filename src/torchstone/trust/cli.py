@@ -30,9 +30,7 @@ def evaluate(
     restarts: Annotated[int, typer.Option(help="Restarts of PGD.")] = 1,
     eta: Annotated[
         list[float] | None,
-        typer.Option(
-            "--eta", help="Weight of log R-Con in adaptive-pgd; of several (0.1, 0.3, 1) the worst run counts."
-        ),
+        typer.Option("--eta", help="Weight of log R-Con in adaptive-pgd (0.1, 0.3, 1); of several the worst counts."),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of right predictions that a threshold keeps.")] = 0.95,
     xi: Annotated[float, typer.Option(help="xi of the coupled rule.")] = 0.0,

@@ -201,7 +201,7 @@ class BatchNorm(nn.Module):
 
 
 def he(tensor: torch.Tensor, role: str, generator: torch.Generator) -> None:
-    """First values before a ReLU (He et al. 2015, arXiv 1502.01852): normal, variance 2 / inputs; a head's 1 / inputs."""
+    """First values (He et al. 2015, arXiv 1502.01852): normal, variance 2 / inputs, a head's 1 / inputs."""
     fan_in = tensor[0].numel()
     tensor.normal_(0, ((1 if role == "head" else 2) / fan_in) ** 0.5, generator=generator)
 
