@@ -231,13 +231,14 @@ def test_without_epsilon_it_is_plain_training(folder: Path) -> None:
 
 def test_evaluation_reports_clean_and_robust_accuracy_and_what_is_accepted(folder: Path) -> None:
     more = {"optimizer": {"lr": 0.01}, "trainer": {"batch": 16}}
-    trainer = tiny.trainer(tiny.images(folder, **SECTIONS["rectified"], **more), torch.float64)
+    objective = {"kind": "rectified_rejection", "epsilon": 0.25}
+    trainer = tiny.trainer(tiny.images(folder, model=PLAIN, objective=objective, **more), torch.float64)
     for _ in range(60):
         trainer.train_step()
     row = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     again = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     assert row == again  # the same noise every time
-    assert row["valid_accuracy"] > 0.6 > row["valid_robust_accuracy"] > 0
+    assert row["valid_accuracy"] > 0.6 > row["valid_robust_accuracy"]
     assert 0 <= row["valid_accepted"] <= 1 and 0 <= row["valid_accepted_accuracy"] <= 1
     assert all(p.value.requires_grad for p in trainer.named)
 
@@ -346,7 +347,7 @@ def test_fractions_are_distances() -> None:
     spec = validate(resolve("objective", "adversarial"), {"epsilon": "8/255", "step_size": "2/255"})
     assert spec.epsilon == 8 / 255 and spec.step_size == 2 / 255  # type: ignore[attr-defined]
     for wrong in ("8/0", "a/b", "/", "9/8"):
-        with pytest.raises(TorchstoneError, match="objective.epsilon"):
+        with pytest.raises(TorchstoneError, match=r"objective\.epsilon"):
             load_recipe({"objective": {"kind": "adversarial", "epsilon": wrong}})
 
 

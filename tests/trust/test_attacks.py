@@ -173,7 +173,7 @@ def test_carlini_wagner_is_as_near_as_the_plane_between_two_classes() -> None:
 def test_carlini_wagner_with_a_detector_evades_it_too_and_says_where_it_cannot() -> None:
     model, x = Linear(3, 8), inner(8)
     label = model(x).logits_BC.argmax(1)
-    plain, near = carlini_wagner(shortfalls(model, label), x, 6, 50, 0.03)
+    _, near = carlini_wagner(shortfalls(model, label), x, 6, 50, 0.03)
     found, distance = carlini_wagner(shortfalls(model, label, 0.4), x, 6, 50, 0.03)
     there = distance.isfinite()
     assert there.any()

@@ -154,7 +154,7 @@ def test_wrong_sizes_are_one_sentence() -> None:
     model = built("mlp")
     with pytest.raises(TorchstoneError, match="takes images of 2 x 9 x 9, got 1 x 9 x 9"):
         model(torch.rand(2, 1, 9, 9))
-    with pytest.raises(TorchstoneError, match="model.channels: is not known before the data are"):
+    with pytest.raises(TorchstoneError, match=r"model\.channels: is not known before the data are"):
         resolve("model", "mlp")().build()  # type: ignore[attr-defined]
     with pytest.raises(TorchstoneError, match="two examples or more"):
         built("mlp", rejection={})(torch.rand(1, 2, 9, 9))
