@@ -231,10 +231,10 @@ def test_without_epsilon_it_is_plain_training(folder: Path) -> None:
 
 def test_evaluation_reports_clean_and_robust_accuracy_and_what_is_accepted(folder: Path) -> None:
     more = {"optimizer": {"lr": 0.01}, "trainer": {"batch": 16}}
-    objective = {"kind": "rectified_rejection", "epsilon": 0.25}
-    trainer = tiny.trainer(tiny.images(folder, model=PLAIN, objective=objective, **more), torch.float64)
+    trainer = tiny.trainer(tiny.images(folder, **SECTIONS["rectified"], **more), torch.float64)
     for _ in range(60):
         trainer.train_step()
+    trainer.objective = RectifiedRejectionSpec(epsilon=0.25, steps=5).build(Facts())  # an attack beyond the training's
     row = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     again = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     assert row == again  # the same noise every time

@@ -170,6 +170,7 @@ def test_carlini_wagner_is_as_near_as_the_plane_between_two_classes() -> None:
     torch.testing.assert_close(distance, (found - x).norm(dim=1))
 
 
+@pytest.mark.slow
 def test_carlini_wagner_with_a_detector_evades_it_too_and_says_where_it_cannot() -> None:
     model, x = Linear(3, 8), inner(8)
     label = model(x).logits_BC.argmax(1)

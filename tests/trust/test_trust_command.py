@@ -34,7 +34,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_and_inspect_a_recipe_of_images(cli: Cli, home: Path, tmp_path: Path) -> None:
+def test_train_and_inspect_a_recipe_of_images(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
     said = cli("train", home / "recipe.yaml", "trainer.steps=2", "--out", tmp_path / "run")
     assert said.status == 0 and "robust accuracy" in said.err and "2 steps of 16 examples" in said.err
     run = torchstone.load(home / "run")
@@ -46,6 +49,7 @@ def test_train_and_inspect_a_recipe_of_images(cli: Cli, home: Path, tmp_path: Pa
         assert found["training_bytes"]["peak"] > 16 * found["parameters"]
 
 
+@pytest.mark.slow
 def test_every_attack_is_reported_and_written(cli: Cli, home: Path, tmp_path: Path) -> None:
     command = ("trust", "evaluate", home / "run", "--attack", ",".join(ATTACKS), "--steps", "5", "--limit", "12")
     before = tiny.listing(home / "run")
