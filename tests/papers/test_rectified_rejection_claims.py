@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchstone.errors import TorchstoneError
+from torchstone.objectives import Facts
 from torchstone.papers import find_paper
 from torchstone.papers import rectified_rejection as paper
 from torchstone.trust.model._classifier import Classified
@@ -25,10 +26,10 @@ def test_the_exact_claim_holds() -> None:
 
 def test_a_gradient_that_is_let_through_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(self: RectifiedRejection, out: Classified, label_B: torch.Tensor) -> torch.Tensor:
-        probs_BC = out.logits_BC.softmax(1)
+        probs_BC = out.logits.softmax(1)
         target_B = self.target(probs_BC, label_B)
         return torch.nn.functional.binary_cross_entropy(
-            probs_BC.amax(1) * out.auxiliary_B, target_B.detach(), reduction="none"
+            probs_BC.amax(1) * out.auxiliary, target_B.detach(), reduction="none"
         )
 
     monkeypatch.setattr(RectifiedRejection, "rejection", leaking)
@@ -37,7 +38,7 @@ def test_a_gradient_that_is_let_through_is_noticed(monkeypatch: pytest.MonkeyPat
 
 def test_the_sabotage_learns_that_every_prediction_is_right() -> None:
     probs, label = torch.tensor([[0.7, 0.3], [0.7, 0.3]]), torch.tensor([0, 1])
-    right, blind = (spec().build(None) for spec in (paper.RectifiedRejectionSpec, paper.BlindRejectionSpec))  # type: ignore[arg-type]
+    right, blind = (spec().build(Facts()) for spec in (paper.RectifiedRejectionSpec, paper.BlindRejectionSpec))
     assert right.target(probs, label).tolist() == pytest.approx([0.7, 0.3])  # type: ignore[attr-defined]
     assert blind.target(probs, label).tolist() == pytest.approx([0.7, 0.7])  # type: ignore[attr-defined]
 

@@ -170,7 +170,7 @@ def attacked(model: Any, batch: dict[str, torch.Tensor], loss: Any, epsilon: flo
         z = (x + batch["noise"][here]).clamp(x - epsilon, x + epsilon).clamp(0, 1)
         for _ in range(steps):
             z = z.detach().requires_grad_()
-            loss(model(z).logits_BC, here).backward(inputs=[z])
+            loss(model(z).logits, here).backward(inputs=[z])
             assert z.grad is not None
             z = (z + epsilon / 4 * z.grad.sign()).clamp(x - epsilon, x + epsilon).clamp(0, 1)
         found.append(z.detach())
@@ -188,12 +188,12 @@ def test_pgd_at_is_the_cross_entropy_of_attacked_images(folder: Path) -> None:
     x = attacked(model, batch, loss, 0.1, 3)
     assert isinstance(trainer.objective, Adversarial)
     torch.testing.assert_close(trainer.objective.attack(model, batch)[keep], x[keep])
-    wanted = F.cross_entropy(model(x[keep]).logits_BC, batch["label"][keep])
+    wanted = F.cross_entropy(model(x[keep]).logits, batch["label"][keep])
     found = trainer.gradients([batch], 0)
     assert found["loss"] == pytest.approx(wanted.item(), rel=1e-10)
-    right = (model(x[keep]).logits_BC.argmax(1) == batch["label"][keep]).double().mean()
+    right = (model(x[keep]).logits.argmax(1) == batch["label"][keep]).double().mean()
     assert found["attacked_accuracy"] == pytest.approx(right.item())
-    clean = F.cross_entropy(model(batch["pixels"][keep]).logits_BC, batch["label"][keep])
+    clean = F.cross_entropy(model(batch["pixels"][keep]).logits, batch["label"][keep])
     assert wanted > clean
 
 
@@ -201,13 +201,13 @@ def test_trades_is_clean_cross_entropy_and_a_divergence(folder: Path) -> None:
     trainer = trainer_of("trades", folder)
     batch, model = prepared(trainer), trainer.model
     keep = batch["label"] >= 0
-    p = model(batch["pixels"]).logits_BC.softmax(1)
+    p = model(batch["pixels"]).logits.softmax(1)
 
     def divergence(logits: torch.Tensor, here: slice) -> torch.Tensor:
         return (p[here].detach() * (p[here].detach() / logits.softmax(1)).log()).sum()
 
     x = attacked(model, batch, divergence, 0.1, 3)
-    q = model(x).logits_BC.softmax(1)
+    q = model(x).logits.softmax(1)
     kl = (p * (p / q).log()).sum(1)[keep].mean()
     wanted = -p[keep].gather(1, batch["label"][keep, None]).log().mean() + 3 * kl
     wanted.backward()
@@ -222,7 +222,7 @@ def test_without_epsilon_it_is_plain_training(folder: Path) -> None:
     trainer = trainer_of("natural", folder)
     batch = prepared(trainer)
     keep = batch["label"] >= 0
-    plain = F.cross_entropy(trainer.model(batch["pixels"][keep]).logits_BC, batch["label"][keep])
+    plain = F.cross_entropy(trainer.model(batch["pixels"][keep]).logits, batch["label"][keep])
     assert trainer.gradients([batch], 0)["loss"] == pytest.approx(plain.item(), rel=1e-12)
     assert "noise" not in batch
     scores = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ def rectified(folder: Path, **fields: Any) -> tuple[Any, RectifiedRejection, dic
     batch["label"][2] = 0
     objective = RectifiedRejection(RectifiedRejectionSpec(**fields))
     out = trainer.model(batch["pixels"])
-    return trainer.model, objective, batch, out.logits_BC.argmax(1) == batch["label"]
+    return trainer.model, objective, batch, out.logits.argmax(1) == batch["label"]
 
 
 def test_the_term_is_its_formula_one_example_at_a_time(folder: Path) -> None:
@@ -273,8 +273,8 @@ def test_the_term_is_its_formula_one_example_at_a_time(folder: Path) -> None:
     out = model(batch["pixels"])
     found = objective.rejection(out, batch["label"])
     for row, label in enumerate(batch["label"].tolist()):
-        probs = out.logits_BC[row].softmax(0)
-        rcon, target = (probs.max() * out.auxiliary_B[row]).item(), probs[label].item()
+        probs = out.logits[row].softmax(0)
+        rcon, target = (probs.max() * out.auxiliary[row]).item(), probs[label].item()
         wanted = F.binary_cross_entropy(torch.tensor(rcon), torch.tensor(target))
         assert found[row].item() == pytest.approx(wanted.item(), rel=1e-9)
 
@@ -284,14 +284,14 @@ def test_it_moves_no_logit_of_a_right_prediction_and_the_head_everywhere(folder:
     assert right.any() and not right.all()
     out = model(batch["pixels"])
     each = objective.rejection(out, batch["label"])
-    (of_logits,) = torch.autograd.grad(each.sum(), out.logits_BC, retain_graph=True)
+    (of_logits,) = torch.autograd.grad(each.sum(), out.logits, retain_graph=True)
     assert (of_logits[right] == 0).all() and (of_logits[~right].abs().amax(1) > 0).all()
-    (of_head,) = torch.autograd.grad(each.sum(), out.auxiliary_B)
+    (of_head,) = torch.autograd.grad(each.sum(), out.auxiliary)
     assert (of_head.abs() > 0).all()
     # of wrong predictions, Con moves and the target does not
-    logits = out.logits_BC.detach().requires_grad_()
+    logits = out.logits.detach().requires_grad_()
     target = logits.softmax(1).gather(1, batch["label"][:, None])[:, 0].detach()
-    rcon = logits.softmax(1).amax(1) * out.auxiliary_B.detach()
+    rcon = logits.softmax(1).amax(1) * out.auxiliary.detach()
     plain = F.binary_cross_entropy(rcon, target, reduction="sum")
     (wanted,) = torch.autograd.grad(plain, logits)
     torch.testing.assert_close(of_logits[~right], wanted[~right])
@@ -300,24 +300,24 @@ def test_it_moves_no_logit_of_a_right_prediction_and_the_head_everywhere(folder:
 def test_its_best_head_is_the_ideal_one(folder: Path) -> None:
     model, objective, batch, _ = rectified(folder)
     out = model(batch["pixels"])
-    probs = out.logits_BC.softmax(1).detach()
+    probs = out.logits.softmax(1).detach()
     ideal = probs.gather(1, batch["label"][:, None])[:, 0] / probs.amax(1)
     inside = ideal < 1
     a = ideal.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(objective.rejection(out._replace(auxiliary_B=a), batch["label"]).sum(), a)
+    (slope,) = torch.autograd.grad(objective.rejection(out._replace(auxiliary=a), batch["label"]).sum(), a)
     assert slope.abs().max() < 1e-9
     for step in (-0.02, 0.02):
-        moved = objective.rejection(out._replace(auxiliary_B=(ideal + step).clamp(1e-3, 1)), batch["label"])
-        assert (moved[inside] > objective.rejection(out._replace(auxiliary_B=ideal), batch["label"])[inside]).all()
+        moved = objective.rejection(out._replace(auxiliary=(ideal + step).clamp(1e-3, 1)), batch["label"])
+        assert (moved[inside] > objective.rejection(out._replace(auxiliary=ideal), batch["label"])[inside]).all()
 
 
 def test_extreme_confidence_stays_finite() -> None:
     spec: Any = validate(resolve("model", "mlp"), {"classes": 2, "channels": 1, "image": 2, **PLAIN})
     out = build_model(spec, 0)(torch.rand(4, 1, 2, 2))
     logits = torch.tensor([[1e4, -1e4], [1e4, -1e4], [0.0, 0.0], [-1e4, 1e4]], requires_grad=True)
-    extreme = out._replace(logits_BC=logits, auxiliary_B=torch.tensor([1.0, 1.0, 0.0, 0.0], requires_grad=True))
+    extreme = out._replace(logits=logits, auxiliary=torch.tensor([1.0, 1.0, 0.0, 0.0], requires_grad=True))
     each = RectifiedRejection(RectifiedRejectionSpec()).rejection(extreme, torch.tensor([0, 1, 0, 0]))
-    grads = torch.autograd.grad(each.sum(), [logits, extreme.auxiliary_B])
+    grads = torch.autograd.grad(each.sum(), [logits, extreme.auxiliary])
     assert each.isfinite().all() and all(grad.isfinite().all() for grad in grads)
 
 
@@ -338,6 +338,38 @@ def test_at_weight_0_the_classifier_trains_as_under_the_host_alone(host: str, fo
     plain, zero, one = ({name: p for name, p in trainer.model.named_parameters()} for trainer in trainers)
     assert all(torch.equal(zero[name], value) for name, value in plain.items())
     assert not all(torch.equal(one[name], value) for name, value in plain.items())
+
+
+# -------------------------------------------------------------------------------------------------------- other models
+
+PATCHES: dict[str, Any] = {
+    "width": 12,
+    "depth": 1,
+    "attention": {"heads": 2},
+    "causal": False,
+    "position": "learned",
+    "embedding": {"kind": "patch", "image": 6, "patch": 3, "channels": 1},
+    "head": {"kind": "classification", "classes": 3, "pool": "mean"},
+}
+
+
+def test_a_transformer_over_patches_is_attacked_too(folder: Path) -> None:
+    trainer = tiny.trainer({**tiny.images(folder), "model": PATCHES}, torch.float64)
+    trainer.objective.check(trainer.model)
+    batch = prepared(trainer)
+    assert_same(gradients(trainer, pieces(batch, 2, 4)), gradients(trainer, [batch]))
+    row = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
+    assert 0 <= row["valid_robust_accuracy"] <= row["valid_accuracy"] + 0.2
+    few = {**PATCHES, "head": {"kind": "classification", "classes": 2}}
+    with pytest.raises(TorchstoneError, match="the data have 3 classes, the model 2"):
+        training.make_trainer(load_recipe({**tiny.images(folder), "model": few}))
+
+
+def test_plain_classification_takes_the_same_models(folder: Path) -> None:
+    recipe = {**tiny.images(folder), "objective": {"kind": "classification"}}
+    trainer, plain = (tiny.trainer(one, torch.float64) for one in (recipe, tiny.images(folder, **SECTIONS["natural"])))
+    batch = prepared(plain)
+    assert_same(gradients(trainer, [batch]), gradients(plain, [batch]))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

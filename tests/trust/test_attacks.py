@@ -56,11 +56,11 @@ def test_on_a_linear_gain_pgd_ends_in_the_corner(key: Key | None) -> None:
 
 def test_two_classes_are_attacked_along_the_difference_of_their_weights() -> None:
     model, x = Linear(2), inner()
-    label = model(x).logits_BC.argmax(1)
+    label = model(x).logits.argmax(1)
     found = pgd(cross_entropy_gain(model, label), x, Ball(0.05), steps=10)
     away = model.w_CP[1 - label] - model.w_CP[label]
     torch.testing.assert_close(found, x + 0.05 * away.sign(), rtol=0, atol=1e-12)
-    change = margin(model(found).logits_BC, label) - margin(model(x).logits_BC, label)
+    change = margin(model(found).logits, label) - margin(model(x).logits, label)
     torch.testing.assert_close(change, 0.05 * away.abs().sum(1))
 
 
@@ -102,17 +102,17 @@ def test_noise_is_uniform_in_the_ball_and_the_keys() -> None:
 def test_gains_are_their_formulas() -> None:
     model, x = Linear(), inner(4)
     label, out = torch.tensor([0, 2, 1, -100]), Linear()(x)
-    p_BC = out.logits_BC.softmax(1)
+    p_BC = out.logits.softmax(1)
     found = cross_entropy_gain(model, label)(x)
     for row in range(3):
         assert found[row].item() == pytest.approx(-p_BC[row, label[row]].log().item())
     assert found[3] == 0
     other = inner(4, seed=9)
-    q_BC = model(other).logits_BC.softmax(1)
+    q_BC = model(other).logits.softmax(1)
     kl = [sum((p * (p / q).log()).item() for p, q in zip(p_BC[b], q_BC[b], strict=True)) for b in range(4)]
-    assert divergence_gain(model, out.logits_BC)(other).tolist() == pytest.approx(kl)
-    assert out.auxiliary_B is not None
-    rcon = p_BC.amax(1) * out.auxiliary_B
+    assert divergence_gain(model, out.logits)(other).tolist() == pytest.approx(kl)
+    assert out.auxiliary is not None
+    rcon = p_BC.amax(1) * out.auxiliary
     torch.testing.assert_close(log_rcon(out), rcon.log())
     known = label.clamp(min=0)
     wanted = cross_entropy_gain(model, known)(x) + 0.5 * rcon.log()
@@ -121,24 +121,24 @@ def test_gains_are_their_formulas() -> None:
 
 def test_at_eta_one_a_right_prediction_is_attacked_through_the_head_alone() -> None:
     model, x = Linear(), inner()
-    gain = adaptive_gain(model, model(x).logits_BC.argmax(1), 1.0)
+    gain = adaptive_gain(model, model(x).logits.argmax(1), 1.0)
     x.requires_grad_()
     (slope,) = torch.autograd.grad(gain(x).sum(), x)
-    (of_head,) = torch.autograd.grad(model(x).auxiliary_B.log().sum(), x)  # type: ignore[union-attr]
+    (of_head,) = torch.autograd.grad(model(x).auxiliary.log().sum(), x)  # type: ignore[union-attr]
     torch.testing.assert_close(slope, of_head, atol=1e-12, rtol=0)
 
 
 def test_the_adaptive_attack_keeps_the_wrong_run_that_is_trusted_most() -> None:
     model, x = Linear(4, 12), inner(20, 12)
-    label, ball, key = model(x).logits_BC.argmax(1), Ball(0.08), Key(3)
+    label, ball, key = model(x).logits.argmax(1), Ball(0.08), Key(3)
     found = model(adaptive_pgd(model, x, label, ball, (0.1, 1.0), 20, key=key))
     runs = [
         model(pgd(adaptive_gain(model, label, eta), x, ball, 20, key=key.fold("eta", n)))
         for n, eta in enumerate((0.1, 1.0))
     ]
-    wrong = torch.stack([run.logits_BC.argmax(1) != label for run in runs])
+    wrong = torch.stack([run.logits.argmax(1) != label for run in runs])
     assert wrong.any() and not wrong.all()
-    assert torch.equal(found.logits_BC.argmax(1) != label, wrong.any(0))
+    assert torch.equal(found.logits.argmax(1) != label, wrong.any(0))
     for row in range(20):
         trusted = [log_rcon(run)[row].item() for run, mine in zip(runs, wrong, strict=True) if mine[row]]
         if trusted:
@@ -147,25 +147,25 @@ def test_the_adaptive_attack_keeps_the_wrong_run_that_is_trusted_most() -> None:
 
 def test_multi_target_finds_the_best_wrong_class_of_a_linear_model() -> None:
     model, x, ball = Linear(5, 10), inner(12, 10), Ball(0.05)
-    label = model(x).logits_BC.argmax(1)
+    label = model(x).logits.argmax(1)
     best = torch.full((12,), -torch.inf).double()
     for target in range(5):
         away = model.w_CP[target] - model.w_CP[label]
         gained = ((x - 0.5) * away).sum(1) + 0.05 * away.abs().sum(1)
         best = torch.where(label == target, best, torch.maximum(best, gained))
-    found = margin(model(multi_target(model, x, label, ball, targets=4, steps=20)).logits_BC, label)
+    found = margin(model(multi_target(model, x, label, ball, targets=4, steps=20)).logits, label)
     torch.testing.assert_close(found, best)
 
 
 def test_carlini_wagner_is_as_near_as_the_plane_between_two_classes() -> None:
     model, x = Linear(2, 8), inner(6)
-    label = model(x).logits_BC.argmax(1)
+    label = model(x).logits.argmax(1)
     w_BP = model.w_CP[1 - label] - model.w_CP[label]
-    exact = -margin(model(x).logits_BC, label) / w_BP.norm(dim=1)  # the plane's distance; no pixel meets 0 or 1 there
+    exact = -margin(model(x).logits, label) / w_BP.norm(dim=1)  # the plane's distance; no pixel meets 0 or 1 there
     found, distance = carlini_wagner(shortfalls(model, label), x, searches=7, iterations=60, rate=0.03)
     near = x + exact[:, None] * w_BP / w_BP.norm(dim=1, keepdim=True)
     assert ((near > 0) & (near < 1)).all()
-    assert (model(found).logits_BC.argmax(1) != label).all()
+    assert (model(found).logits.argmax(1) != label).all()
     assert (distance >= exact).all() and (distance <= exact * 1.03 + 1e-3).all()
     torch.testing.assert_close(distance, (found - x).norm(dim=1))
 
@@ -173,13 +173,13 @@ def test_carlini_wagner_is_as_near_as_the_plane_between_two_classes() -> None:
 @pytest.mark.slow
 def test_carlini_wagner_with_a_detector_evades_it_too_and_says_where_it_cannot() -> None:
     model, x = Linear(3, 8), inner(8)
-    label = model(x).logits_BC.argmax(1)
+    label = model(x).logits.argmax(1)
     _, near = carlini_wagner(shortfalls(model, label), x, 6, 50, 0.03)
     found, distance = carlini_wagner(shortfalls(model, label, 0.4), x, 6, 50, 0.03)
     there = distance.isfinite()
     assert there.any()
     assert (log_rcon(model(found))[there] > torch.tensor(0.4).log()).all()
-    assert (model(found).logits_BC.argmax(1) != label)[there].all()
+    assert (model(found).logits.argmax(1) != label)[there].all()
     assert (distance >= near - 1e-2).all()
     assert torch.equal(found[~there], x[~there])
     hopeless, far = carlini_wagner(lambda p: torch.ones(len(p), 1, dtype=p.dtype) + 0 * p.sum(1, keepdim=True), x, 2, 5)
@@ -191,7 +191,7 @@ def test_an_attack_leaves_gradients_statistics_mode_and_taps_alone(training: boo
     fields: dict[str, Any] = {"classes": 3, "channels": 1, "image": 8, "width": 4, "blocks": [1, 1], "rejection": {}}
     model: Any = build_model(resolve("model", "preact_resnet").model_validate(fields), 0).train(training)
     pixels, label = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    model(pixels).logits_BC.sum().backward()
+    model(pixels).logits.sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     taps = Taps(record=["*"])

@@ -60,9 +60,9 @@ def test_preact_resnet_is_its_definition(training: bool) -> None:
             nn.init.uniform_(module.running_var, 0.5, 2)
     pixels = torch.rand(5, 2, 9, 9).double()
     out = model(pixels)
-    torch.testing.assert_close(out.features_BD, by_definition(model.state_dict(), pixels, (1, 2, 1), training))
-    torch.testing.assert_close(out.logits_BC, F.linear(out.features_BD, model.head.weight, model.head.bias))
-    assert out.auxiliary_B is None
+    torch.testing.assert_close(out.features, by_definition(model.state_dict(), pixels, (1, 2, 1), training))
+    torch.testing.assert_close(out.logits, F.linear(out.features, model.head.weight, model.head.bias))
+    assert out.auxiliary is None
 
 
 def test_preact_resnet_18_has_the_published_parameters() -> None:
@@ -80,8 +80,8 @@ def test_mlp_is_its_definition() -> None:
     for layer in model.backbone.layers:
         h = F.relu(F.linear(h, layer.weight, layer.bias))
     out = model(pixels)
-    torch.testing.assert_close(out.features_BD, h)
-    torch.testing.assert_close(out.logits_BC, F.linear(h, model.head.weight, model.head.bias))
+    torch.testing.assert_close(out.features, h)
+    torch.testing.assert_close(out.logits, F.linear(h, model.head.weight, model.head.bias))
 
 
 @pytest.mark.parametrize("form", ["linear_mlp", "mlp"])
@@ -89,7 +89,7 @@ def test_mlp_is_its_definition() -> None:
 def test_the_auxiliary_head_is_its_definition(form: str, norm: str) -> None:
     model = built("mlp", hidden=[6], rejection={"form": form, "norm": norm})
     head, out = model.rejection, model(torch.rand(8, 2, 9, 9))
-    phi = out.features_BD
+    phi = out.features
     h = F.linear(phi, head.up.weight, head.up.bias)
     assert h.shape == (8, 3)  # half of the features
     if norm == "batch":
@@ -97,7 +97,7 @@ def test_the_auxiliary_head_is_its_definition(form: str, norm: str) -> None:
     logit = F.linear(F.relu(h), head.down.weight, head.down.bias)
     if form == "linear_mlp":
         logit = logit + F.linear(phi, head.linear.weight, head.linear.bias)
-    torch.testing.assert_close(out.auxiliary_B, torch.sigmoid(logit[:, 0]))
+    torch.testing.assert_close(out.auxiliary, torch.sigmoid(logit[:, 0]))
     assert ("rejection.linear.weight" in model.state_dict()) == (form == "linear_mlp")
 
 
@@ -137,8 +137,8 @@ def test_taps_record_and_replace() -> None:
     pixels, taps = torch.rand(2, 2, 9, 9), Taps(record=["*"])
     out = model(pixels, taps)
     assert set(taps.seen) == {"blocks.0", "blocks.1", "features", "logits", "auxiliary"}
-    assert taps.seen["blocks.1"].shape == (2, 4, 5, 5) and torch.equal(taps.seen["logits"], out.logits_BC)
-    silenced = model(pixels, Taps(replace={"features": torch.zeros_like})).logits_BC
+    assert taps.seen["blocks.1"].shape == (2, 4, 5, 5) and torch.equal(taps.seen["logits"], out.logits)
+    silenced = model(pixels, Taps(replace={"features": torch.zeros_like})).logits
     torch.testing.assert_close(silenced, model.head.bias.expand(2, -1))
 
 
@@ -146,7 +146,7 @@ def test_taps_record_and_replace() -> None:
 def test_gradients_reach_every_parameter(kind: str) -> None:
     model = built(kind, rejection={}, **({"width": 4, "blocks": [1, 1]} if kind == "preact_resnet" else {}))
     out = model(torch.rand(9, 2, 9, 9))
-    (out.logits_BC.logsumexp(1).sum() + out.auxiliary_B.log().sum()).backward()
+    (out.logits.logsumexp(1).sum() + out.auxiliary.log().sum()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 

@@ -77,10 +77,10 @@ def _gradients() -> dict[str, float]:
     model: Any = build_model(spec, 0)
     objective = RectifiedRejection(RectifiedRejectionSpec())
     out: Classified = model(pixels)
-    right = out.logits_BC.argmax(1) == label
+    right = out.logits.argmax(1) == label
     parameters = [*model.rejection.parameters()]
     of_logits, *of_head = torch.autograd.grad(
-        objective.rejection(out, label).sum(), [out.logits_BC, *parameters], allow_unused=True
+        objective.rejection(out, label).sum(), [out.logits, *parameters], allow_unused=True
     )
     fields = {"epsilon": 0.1, "steps": 3}
     grads = []
@@ -172,7 +172,7 @@ class BlindRejectionSpec(RectifiedRejectionSpec):
     offered: ClassVar[bool] = False
 
     def build(self, facts: Facts) -> Objective:
-        return BlindRejection(self)
+        return BlindRejection(self, facts.classes)
 
 
 class BlindRejection(RectifiedRejection):
@@ -237,10 +237,10 @@ def _attacked(model: Any, split: Any, attack: str, seed: int) -> tuple[dict[str,
         pixels = adaptive_pgd(model, pixels, label, Ball(_EPSILON), steps=50, key=key)
     with torch.no_grad():
         out: Classified = model(pixels)
-    right = out.logits_BC.argmax(1) == label
+    right = out.logits.argmax(1) == label
     violations = 0
-    if out.auxiliary_B is not None:
-        probs, auxiliary = out.logits_BC.double().softmax(1), out.auxiliary_B.double()
+    if out.auxiliary is not None:
+        probs, auxiliary = out.logits.double().softmax(1), out.auxiliary.double()
         con, xi = probs.amax(1), xi_error(auxiliary, ideal_auxiliary(probs, label))
         spoken_of = (xi < 1) & (con > 1 / (2 - xi.clamp(max=1)))
         violations = int((spoken_of & ((con * auxiliary > 0.5) != right)).sum())

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from torchstone.keys import Key
+from torchstone.ops import at_least_float32
 from torchstone.trust.model._classifier import Classified
 
 __all__ = [
@@ -130,15 +131,15 @@ def _better(
 
 def cross_entropy_gain(classify: Classify, label_B: torch.Tensor) -> Gain:
     """Cross-entropy in nats; 0 where the label is -100."""
-    return lambda pixels: F.cross_entropy(_wide(classify(pixels).logits_BC), label_B, reduction="none")
+    return lambda pixels: F.cross_entropy(at_least_float32(classify(pixels).logits), label_B, reduction="none")
 
 
 def divergence_gain(classify: Classify, logits_BC: torch.Tensor) -> Gain:
     """KL divergence of the prediction from the one of fixed `logits_BC`, KL(p || p(x)), in nats (TRADES)."""
-    log_p_BC = torch.log_softmax(_wide(logits_BC), 1).detach()
+    log_p_BC = torch.log_softmax(at_least_float32(logits_BC), 1).detach()
 
     def gain(pixels: torch.Tensor) -> torch.Tensor:
-        log_q_BC = torch.log_softmax(_wide(classify(pixels).logits_BC), 1)
+        log_q_BC = torch.log_softmax(at_least_float32(classify(pixels).logits), 1)
         return (log_p_BC.exp() * (log_p_BC - log_q_BC)).sum(1)
 
     return gain
@@ -146,8 +147,11 @@ def divergence_gain(classify: Classify, logits_BC: torch.Tensor) -> Gain:
 
 def log_rcon(out: Classified) -> torch.Tensor:
     """log (A * Con), (B,); of a classifier with the auxiliary head."""
-    assert out.auxiliary_B is not None
-    return torch.log_softmax(_wide(out.logits_BC), 1).amax(1) + _wide(out.auxiliary_B).clamp(min=1e-12).log()
+    assert out.auxiliary is not None
+    return (
+        torch.log_softmax(at_least_float32(out.logits), 1).amax(1)
+        + at_least_float32(out.auxiliary).clamp(min=1e-12).log()
+    )
 
 
 def adaptive_gain(classify: Classify, label_B: torch.Tensor, eta: float = 1.0) -> Gain:
@@ -159,7 +163,7 @@ def adaptive_gain(classify: Classify, label_B: torch.Tensor, eta: float = 1.0) -
 
     def gain(pixels: torch.Tensor) -> torch.Tensor:
         out = classify(pixels)
-        return F.cross_entropy(_wide(out.logits_BC), label_B, reduction="none") + eta * log_rcon(out)
+        return F.cross_entropy(at_least_float32(out.logits), label_B, reduction="none") + eta * log_rcon(out)
 
     return gain
 
@@ -168,11 +172,6 @@ def margin(logits_BC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
     """By how much the largest wrong logit exceeds the label's, (B,): above zero where the class is wrong."""
     there_BC = F.one_hot(label_B, logits_BC.shape[1]).bool()
     return logits_BC.masked_fill(there_BC, -torch.inf).amax(1) - logits_BC.gather(1, label_B[:, None])[:, 0]
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least: losses of half precision lose what an attack lives on."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------- several runs
@@ -197,9 +196,9 @@ def adaptive_pgd(
         x = pgd(adaptive_gain(classify, label_B, eta), pixels, ball, steps, step_size, restarts, drawn)
         with torch.no_grad():
             out = classify(x)
-            loss_B = F.cross_entropy(_wide(out.logits_BC), label_B, reduction="none")
+            loss_B = F.cross_entropy(at_least_float32(out.logits), label_B, reduction="none")
             # a wrong prediction is worth more than any right one: R-Con is above 0, and exp(-loss) at most 1
-            worth_B = torch.where(out.logits_BC.argmax(1) != label_B, log_rcon(out).exp(), -(-loss_B).exp())
+            worth_B = torch.where(out.logits.argmax(1) != label_B, log_rcon(out).exp(), -(-loss_B).exp())
             best, most_B = _better(x, worth_B.to(most_B.dtype), best, most_B)
     return best
 
@@ -217,19 +216,19 @@ def multi_target(
     """A run of PGD on z_t - z_y for each of the `targets` wrong classes t that are likeliest before the attack; for
     each example the run after which the largest wrong logit exceeds the label's by most."""
     with torch.no_grad():
-        clean_BC = _wide(classify(pixels).logits_BC)
+        clean_BC = at_least_float32(classify(pixels).logits)
     order_BC = clean_BC.scatter(1, label_B[:, None], -torch.inf).argsort(1, descending=True)
     best, most_B = pixels, margin(clean_BC, label_B)
     for number in range(min(targets, clean_BC.shape[1] - 1)):
         both_B2 = torch.stack([order_BC[:, number], label_B], 1)
 
         def gain(x: torch.Tensor, both_B2: torch.Tensor = both_B2) -> torch.Tensor:
-            logits_B2 = _wide(classify(x).logits_BC).gather(1, both_B2)
+            logits_B2 = at_least_float32(classify(x).logits).gather(1, both_B2)
             return logits_B2[:, 0] - logits_B2[:, 1]
 
         x = pgd(gain, pixels, ball, steps, step_size, key=None if key is None else key.fold("target", number))
         with torch.no_grad():
-            best, most_B = _better(x, margin(_wide(classify(x).logits_BC), label_B), best, most_B)
+            best, most_B = _better(x, margin(at_least_float32(classify(x).logits), label_B), best, most_B)
     return best
 
 
@@ -242,7 +241,7 @@ def shortfalls(classify: Classify, label_B: torch.Tensor, threshold: float | Non
 
     def lacking(pixels: torch.Tensor) -> torch.Tensor:
         out = classify(pixels)
-        rows = [-margin(_wide(out.logits_BC), label_B)]
+        rows = [-margin(at_least_float32(out.logits), label_B)]
         if threshold is not None:
             rows.append(torch.tensor(threshold).log().to(pixels.device) - log_rcon(out))
         return torch.stack(rows, 1)

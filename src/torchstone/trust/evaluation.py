@@ -27,7 +27,7 @@ from torchstone.trust.attacks import (
     pgd,
     shortfalls,
 )
-from torchstone.trust.model._classifier import ClassifierSpec
+from torchstone.trust.model._classifier import classifies_images
 from torchstone.trust.rejection import accuracy_at, auc, calibrate, coupled, scores_of
 
 __all__ = ["ATTACKS", "REPORT", "evaluate"]
@@ -80,12 +80,12 @@ def evaluate(
         TorchstoneError: no such attack, or one that the model has no head for; a model of no images; epsilon unknown.
     """
     spec = run.require().model_spec
-    if not isinstance(spec, ClassifierSpec):
+    if not classifies_images(spec):
         raise TorchstoneError(f"{run.path}: its model ({spec.kind}) is no classifier of images")
     for name in attacks:
         if name not in ATTACKS:
             raise TorchstoneError(f"no attack {name!r}{nearest(name, ATTACKS)}; attacks: {', '.join(ATTACKS)}")
-    if "adaptive-pgd" in attacks and spec.rejection is None:
+    if "adaptive-pgd" in attacks and getattr(spec, "rejection", None) is None:
         raise TorchstoneError(
             f"{run.path}: adaptive-pgd attacks the auxiliary head, which the model lacks; train with model.rejection "
             "and objective rectified_rejection"
@@ -169,7 +169,7 @@ def _scored(
     for pixels, label_B in batches:
         out = model(pixels)
         rows.append(scores_of(out).items())
-        right.append(out.logits_BC.argmax(1) == label_B)
+        right.append(out.logits.argmax(1) == label_B)
     if not rows:
         return None
     return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}, torch.cat(right).cpu()

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from torchstone.errors import TorchstoneError
-from torchstone.trust.model._classifier import Classified, ClassifierSpec
+from torchstone.ops import at_least_float32
+from torchstone.trust.model._classifier import Classified, classifies_images
 
 __all__ = [
     "RejectingClassifier",
@@ -58,10 +59,10 @@ class Scores:
 
 def scores_of(out: Classified) -> Scores:
     """The scores of what a classifier gave."""
-    logits_BC = out.logits_BC.to(torch.promote_types(out.logits_BC.dtype, torch.float32))
+    logits_BC, head_B = at_least_float32(out.logits), getattr(out, "auxiliary", None)
     log_p_BC = logits_BC.log_softmax(1)
     con_B = log_p_BC.amax(1).exp()
-    auxiliary_B = None if out.auxiliary_B is None else out.auxiliary_B.to(con_B.dtype)
+    auxiliary_B = None if head_B is None else at_least_float32(head_B)
     return Scores(
         con=con_B,
         entropy=(log_p_BC.exp() * log_p_BC).sum(1),
@@ -164,7 +165,7 @@ class RejectingClassifier:
     """
 
     def __init__(self, model: nn.Module, xi: float = 0.0) -> None:
-        if not isinstance(getattr(model, "spec", None), ClassifierSpec):
+        if not classifies_images(getattr(model, "spec", None)):
             raise TorchstoneError("RejectingClassifier: needs a classifier of images, as model mlp or preact_resnet")
         if getattr(model, "rejection", None) is None:
             raise TorchstoneError(
@@ -207,7 +208,7 @@ class RejectingClassifier:
     @torch.no_grad()
     def _scores(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Scores]:
         out: Classified = self.model(pixels.to(next(self.model.parameters()).device))
-        return out.logits_BC.argmax(1), scores_of(out)
+        return out.logits.argmax(1), scores_of(out)
 
     def __call__(self, pixels: torch.Tensor) -> Rejection:
         """Classify (B, channels, I, I), values from 0 to 1."""

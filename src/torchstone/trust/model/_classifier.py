@@ -12,7 +12,7 @@ B examples, C classes, D features, K channels of a layer; pixels are (B, channel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,17 @@ from torchstone.model.linear import Linear
 from torchstone.model.taps import Taps
 from torchstone.spec import Spec, resolve
 
-__all__ = ["BatchNorm", "Classified", "Classifier", "ClassifierSpec", "Passing", "RejectionSpec", "dense", "he"]
+__all__ = [
+    "BatchNorm",
+    "Classified",
+    "Classifier",
+    "ClassifierSpec",
+    "Passing",
+    "RejectionSpec",
+    "classifies_images",
+    "dense",
+    "he",
+]
 
 
 class RejectionSpec(Spec):
@@ -66,16 +76,25 @@ class Classified(NamedTuple):
     """What a classifier gives.
 
     Attributes:
-        logits_BC: scores of the classes.
-        features_BD: what they are read from.
-        auxiliary_B: A in (0, 1), None without the head.
+        logits: scores of the classes, (B, C).
+        features: what they are read from, (B, D).
+        auxiliary: A in (0, 1), (B,); None without the head.
         aux: sums of batch normalisation, for the objective to hand on.
     """
 
-    logits_BC: torch.Tensor
-    features_BD: torch.Tensor
-    auxiliary_B: torch.Tensor | None = None
+    logits: torch.Tensor
+    features: torch.Tensor
+    auxiliary: torch.Tensor | None = None
     aux: Aux = {}
+
+
+def classifies_images(spec: Any) -> bool:
+    """Whether a model's spec is that of an image classifier: one of this folder, or a Transformer over patches with a
+    head of classes."""
+    if isinstance(spec, ClassifierSpec):
+        return True
+    head, embedding = getattr(spec, "head", None), getattr(spec, "embedding", None)
+    return getattr(head, "kind", None) == "classification" and not getattr(embedding, "of_tokens", True)
 
 
 class Passing:
@@ -106,8 +125,8 @@ class Classifier(nn.Module):
             if isinstance(module, BatchNorm):
                 module.layer, _, module.name = path.partition(".")
 
-    def forward(self, pixels: torch.Tensor, taps: Taps | None = None) -> Classified:
-        """Classify (B, channels, I, I), values from 0 to 1.
+    def forward(self, pixels: torch.Tensor, taps: Taps | None = None, key: torch.Tensor | None = None) -> Classified:
+        """Classify (B, channels, I, I), values from 0 to 1. Nothing is drawn, so that `key` makes no difference.
 
         Raises:
             TorchstoneError: pixels of another shape.

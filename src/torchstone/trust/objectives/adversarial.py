@@ -27,8 +27,9 @@ from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.context import Aux, add_aux
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term
+from torchstone.ops import at_least_float32
 from torchstone.trust.attacks import Ball, ascend, cross_entropy_gain, divergence_gain, uniform
-from torchstone.trust.model._classifier import Classified, ClassifierSpec
+from torchstone.trust.model._classifier import Classified, classifies_images
 
 __all__ = ["Adversarial", "AdversarialSpec", "Distance"]
 
@@ -72,19 +73,19 @@ class AdversarialSpec(ObjectiveSpec):
         return self
 
     def build(self, facts: Facts) -> Objective:
-        return Adversarial(self)
+        return Adversarial(self, facts.classes)
 
 
 class Adversarial(Objective):
     """Batch: pixels (B, channels, I, I); label (B,), -100 where an example does not count. `prepare` adds `noise`, of
     the shape of pixels, from which the attack starts."""
 
-    def __init__(self, spec: AdversarialSpec) -> None:
+    def __init__(self, spec: AdversarialSpec, classes: int | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.classes = spec, classes
 
     def check(self, model: nn.Module) -> None:
-        if not isinstance(getattr(model, "spec", None), ClassifierSpec):
+        if not classifies_images(getattr(model, "spec", None)):
             raise TorchstoneError(f"objective {self.spec.kind}: needs a model of images, as mlp or preact_resnet")
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
@@ -111,7 +112,7 @@ class Adversarial(Objective):
             gain = cross_entropy_gain(model, label_B)
         else:
             with torch.no_grad():
-                gain = divergence_gain(model, model(pixels).logits_BC)
+                gain = divergence_gain(model, model(pixels).logits)
         start = pixels + batch["noise"] if "noise" in batch else pixels
         size = spec.epsilon / 4 if spec.step_size is None else spec.step_size
         return ascend(gain, pixels, start, Ball(spec.epsilon), spec.steps, size)
@@ -134,12 +135,16 @@ class Adversarial(Objective):
         """The host's terms, and what the model says of the attacked images."""
         label_B, pixels = batch["label"], self.attack(model, batch)
         out: Classified = model(pixels)
-        logits_BC, aux = _wide(out.logits_BC), out.aux
+        logits_BC, aux = at_least_float32(out.logits), out.aux
+        if self.classes is not None and logits_BC.shape[1] < self.classes:
+            raise TorchstoneError(
+                f"objective {self.spec.kind}: the data have {self.classes} classes, the model {logits_BC.shape[1]}"
+            )
         if self.spec.host == "pgd_at":
             terms = {"cross_entropy": Term(_cross_entropy(logits_BC, label_B), "examples")}
         else:
             clean: Classified = model(batch["pixels"])
-            clean_BC, aux = _wide(clean.logits_BC), add_aux(aux, clean.aux)
+            clean_BC, aux = at_least_float32(clean.logits), add_aux(aux, clean.aux)
             kl_B = F.kl_div(logits_BC.log_softmax(1), clean_BC.log_softmax(1), reduction="none", log_target=True).sum(1)
             kl = torch.where(label_B != IGNORE, kl_B, 0.0).sum()
             terms = {
@@ -151,12 +156,8 @@ class Adversarial(Objective):
 
 def hits(out: Classified, label_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many examples are classified as labelled, and how many count."""
-    return (out.logits_BC.argmax(1) == label_B).sum(), (label_B != IGNORE).sum()
+    return (out.logits.argmax(1) == label_B).sum(), (label_B != IGNORE).sum()
 
 
 def _cross_entropy(logits_BC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits_BC, label_B, reduction="sum", ignore_index=IGNORE)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,6 +25,7 @@ from torchstone.data.blocks import IGNORE
 from torchstone.errors import TorchstoneError
 from torchstone.model.context import Aux
 from torchstone.objectives import Batch, Facts, Objective, Result, Term
+from torchstone.ops import at_least_float32
 from torchstone.trust.model._classifier import Classified
 from torchstone.trust.objectives.adversarial import Adversarial, AdversarialSpec
 
@@ -43,7 +44,7 @@ class RectifiedRejectionSpec(AdversarialSpec):
     """Weight of the auxiliary head's term (lambda)."""
 
     def build(self, facts: Facts) -> Objective:
-        return RectifiedRejection(self)
+        return RectifiedRejection(self, facts.classes)
 
 
 class RectifiedRejection(Adversarial):
@@ -62,22 +63,21 @@ class RectifiedRejection(Adversarial):
 
     def rejection(self, out: Classified, label_B: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of R-Con against T-Con in nats, (B,)."""
-        assert out.auxiliary_B is not None
-        wide = torch.promote_types(out.logits_BC.dtype, torch.float32)
-        probs_BC = out.logits_BC.to(wide).softmax(1)
+        assert out.auxiliary is not None
+        probs_BC = at_least_float32(out.logits).softmax(1)
         con_B, predicted_B = probs_BC.max(1)
         target_B = self.target(probs_BC, label_B).detach()
         con_B = torch.where(predicted_B == label_B, con_B.detach(), con_B)
-        rcon_B = (con_B * out.auxiliary_B.to(wide)).clamp(_CLAMP, 1 - _CLAMP)
+        rcon_B = (con_B * at_least_float32(out.auxiliary)).clamp(_CLAMP, 1 - _CLAMP)
         return -(target_B * rcon_B.log() + (1 - target_B) * (-rcon_B).log1p())
 
     def scores(self, model: nn.Module, batch: Batch, out: Classified) -> Aux:
         """Also the share of attacked images that the coupled rule at xi = 0 accepts, Con > 1/2 and R-Con > 1/2, and
         the accuracy among those."""
-        assert out.auxiliary_B is not None
-        con_B, predicted_B = out.logits_BC.softmax(1).max(1)
+        assert out.auxiliary is not None
+        con_B, predicted_B = out.logits.softmax(1).max(1)
         known_B = batch["label"] != IGNORE
-        accepted_B = (con_B > 0.5) & (con_B * out.auxiliary_B > 0.5) & known_B
+        accepted_B = (con_B > 0.5) & (con_B * out.auxiliary > 0.5) & known_B
         right_B = accepted_B & (predicted_B == batch["label"])
         more = {
             "accepted": (accepted_B.sum(), known_B.sum()),
