@@ -358,6 +358,8 @@ def test_a_transformer_over_patches_is_attacked_too(folder: Path) -> None:
     trainer.objective.check(trainer.model)
     batch = prepared(trainer)
     assert_same(gradients(trainer, pieces(batch, 2, 4)), gradients(trainer, [batch]))
+    torch.set_default_dtype(torch.float32)  # that of pixels
+    trainer = tiny.trainer({**tiny.images(folder), "model": PATCHES})
     row = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     assert 0 <= row["valid_robust_accuracy"] <= row["valid_accuracy"] + 0.2
     few = {**PATCHES, "head": {"kind": "classification", "classes": 2}}

@@ -148,10 +148,8 @@ def divergence_gain(classify: Classify, logits_BC: torch.Tensor) -> Gain:
 def log_rcon(out: Classified) -> torch.Tensor:
     """log (A * Con), (B,); of a classifier with the auxiliary head."""
     assert out.auxiliary is not None
-    return (
-        torch.log_softmax(at_least_float32(out.logits), 1).amax(1)
-        + at_least_float32(out.auxiliary).clamp(min=1e-12).log()
-    )
+    log_con_B = torch.log_softmax(at_least_float32(out.logits), 1).amax(1)
+    return log_con_B + at_least_float32(out.auxiliary).clamp(min=1e-12).log()
 
 
 def adaptive_gain(classify: Classify, label_B: torch.Tensor, eta: float = 1.0) -> Gain:
