@@ -29,7 +29,7 @@ from torchstone.model.context import Aux, add_aux
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term
 from torchstone.ops import at_least_float32
 from torchstone.trust.attacks import Ball, ascend, cross_entropy_gain, divergence_gain, uniform
-from torchstone.trust.model._classifier import Classified, classifies_images
+from torchstone.trust.model._classifier import Classified, ClassifierSpec, classifies_images
 
 __all__ = ["Adversarial", "AdversarialSpec", "Distance"]
 
@@ -87,6 +87,12 @@ class Adversarial(Objective):
     def check(self, model: nn.Module) -> None:
         if not classifies_images(getattr(model, "spec", None)):
             raise TorchstoneError(f"objective {self.spec.kind}: needs a model of images, as mlp or preact_resnet")
+        spec: Any = model.spec
+        classes = spec.classes if isinstance(spec, ClassifierSpec) else spec.head.classes
+        if self.classes is not None and classes < self.classes:
+            raise TorchstoneError(
+                f"objective {self.spec.kind}: the data have {self.classes} classes, the model {classes}"
+            )
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
         if "pixels" not in batch:
@@ -136,10 +142,6 @@ class Adversarial(Objective):
         label_B, pixels = batch["label"], self.attack(model, batch)
         out: Classified = model(pixels)
         logits_BC, aux = at_least_float32(out.logits), out.aux
-        if self.classes is not None and logits_BC.shape[1] < self.classes:
-            raise TorchstoneError(
-                f"objective {self.spec.kind}: the data have {self.classes} classes, the model {logits_BC.shape[1]}"
-            )
         if self.spec.host == "pgd_at":
             terms = {"cross_entropy": Term(_cross_entropy(logits_BC, label_B), "examples")}
         else:
