@@ -362,6 +362,9 @@ def test_a_transformer_over_patches_is_attacked_too(folder: Path) -> None:
     trainer = tiny.trainer({**tiny.images(folder), "model": PATCHES})
     row = trainer.measure_split(trainer.source.valid, "valid")  # type: ignore[arg-type]
     assert 0 <= row["valid_robust_accuracy"] <= row["valid_accuracy"] + 0.2
+    dropped = {**PATCHES, "dropout": 0.5}
+    losses = [tiny.trainer({**tiny.images(folder), "model": one}).train_step()["loss"] for one in (PATCHES, dropped)]
+    assert losses[0] != losses[1]
     few = {**PATCHES, "head": {"kind": "classification", "classes": 2}}
     with pytest.raises(TorchstoneError, match="the data have 3 classes, the model 2"):
         training.make_trainer(load_recipe({**tiny.images(folder), "model": few}))

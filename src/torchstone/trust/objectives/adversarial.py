@@ -88,7 +88,7 @@ class Adversarial(Objective):
         if not classifies_images(getattr(model, "spec", None)):
             raise TorchstoneError(f"objective {self.spec.kind}: needs a model of images, as mlp or preact_resnet")
         spec: Any = model.spec
-        classes = spec.classes if isinstance(spec, ClassifierSpec) else spec.head.classes
+        classes: int = (spec if isinstance(spec, ClassifierSpec) else spec.head).classes
         if self.classes is not None and classes < self.classes:
             raise TorchstoneError(
                 f"objective {self.spec.kind}: the data have {self.classes} classes, the model {classes}"
@@ -124,10 +124,10 @@ class Adversarial(Objective):
         return ascend(gain, pixels, start, Ball(spec.epsilon), spec.steps, size)
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
-        return self._result(model, batch)[0]
+        return self._result(model, batch, key)[0]
 
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
-        result, out = self._result(model, batch)
+        result, out = self._result(model, batch, None)
         return replace(result, scores=self.scores(model, batch, out))
 
     def scores(self, model: nn.Module, batch: Batch, out: Classified) -> Aux:
@@ -137,15 +137,16 @@ class Adversarial(Objective):
         clean = hits(model(batch["pixels"]), batch["label"])
         return {"accuracy": clean, "robust_accuracy": hits(out, batch["label"])}
 
-    def _result(self, model: nn.Module, batch: Batch) -> tuple[Result, Classified]:
-        """The host's terms, and what the model says of the attacked images."""
+    def _result(self, model: nn.Module, batch: Batch, key: Key | None) -> tuple[Result, Classified]:
+        """The host's terms, and what the model says of the attacked images. The attack itself drops nothing."""
         label_B, pixels = batch["label"], self.attack(model, batch)
-        out: Classified = model(pixels)
+        drop = None if key is None else key.tensor(pixels.device)
+        out: Classified = model(pixels, key=drop)
         logits_BC, aux = at_least_float32(out.logits), out.aux
         if self.spec.host == "pgd_at":
             terms = {"cross_entropy": Term(_cross_entropy(logits_BC, label_B), "examples")}
         else:
-            clean: Classified = model(batch["pixels"])
+            clean: Classified = model(batch["pixels"], key=drop)
             clean_BC, aux = at_least_float32(clean.logits), add_aux(aux, clean.aux)
             kl_B = F.kl_div(logits_BC.log_softmax(1), clean_BC.log_softmax(1), reduction="none", log_target=True).sum(1)
             kl = torch.where(label_B != IGNORE, kl_B, 0.0).sum()

@@ -23,6 +23,7 @@ from torch import nn
 
 from torchstone.data.blocks import IGNORE
 from torchstone.errors import TorchstoneError
+from torchstone.keys import Key
 from torchstone.model.context import Aux
 from torchstone.objectives import Batch, Facts, Objective, Result, Term
 from torchstone.ops import at_least_float32
@@ -85,8 +86,8 @@ class RectifiedRejection(Adversarial):
         }
         return {**super().scores(model, batch, out), **more}
 
-    def _result(self, model: nn.Module, batch: Batch) -> tuple[Result, Classified]:
-        result, out = super()._result(model, batch)
+    def _result(self, model: nn.Module, batch: Batch, key: Key | None) -> tuple[Result, Classified]:
+        result, out = super()._result(model, batch, key)
         known_B = batch["label"] != IGNORE
         each_B = self.rejection(out, batch["label"].clamp(min=0))
         term = Term(torch.where(known_B, each_B, 0.0).sum(), "examples", self.spec.weight)
