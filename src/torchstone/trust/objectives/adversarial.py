@@ -88,10 +88,10 @@ class Adversarial(Objective):
         if not classifies_images(getattr(model, "spec", None)):
             raise TorchstoneError(f"objective {self.spec.kind}: needs a model of images, as mlp or preact_resnet")
         spec: Any = model.spec
-        classes: int = (spec if isinstance(spec, ClassifierSpec) else spec.head).classes
-        if self.classes is not None and classes < self.classes:
+        sized: Any = spec if isinstance(spec, ClassifierSpec) else spec.head
+        if self.classes is not None and sized.classes < self.classes:
             raise TorchstoneError(
-                f"objective {self.spec.kind}: the data have {self.classes} classes, the model {classes}"
+                f"objective {self.spec.kind}: the data have {self.classes} classes, the model {sized.classes}"
             )
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
