@@ -142,7 +142,7 @@ EXACT = Claim(
     text="Where Con > 1/(2 - xi) and A is a xi-error of T-Con/Con, R-Con > 1/2 exactly on right predictions, in "
     "100,000 random cases; just outside the bound it fails. The auxiliary term does not move the logits of right "
     "predictions, trains A, is least at A = T-Con/Con, and at weight 0 leaves the host's gradients bit for bit.",
-    figure="Theorem 1; section 4.2",
+    figure="the coupling theorem, and the two stop-gradients of the training objective",
     gates=(
         Number("violations with the ideal A", low=0, high=0),
         Number("cases the theorem speaks of", low=10_000),

@@ -1,14 +1,14 @@
 """Rejection: scores that say how far to trust a prediction, thresholds, and how well scores tell right from wrong.
 
     Con       the largest probability                                higher is better trusted, as of all scores here
-    R-Con     A * Con, A the auxiliary head        Pang et al. 2022, arXiv 2105.14785, section 4
+    R-Con     A * Con, A the auxiliary head        Pang et al. 2022, arXiv 2105.14785
     A         the auxiliary head alone
     entropy   minus the entropy of the prediction, in nats
     energy    log-sum-exp of the logits            Liu et al. 2020, arXiv 2010.03759
 
 The coupled rule accepts where Con > 1 / (2 - xi) and R-Con > 1/2. Where A is a xi-error of T-Con / Con (T-Con being the
 probability of the true class), that is |log A - log A*| <= log(2 / (2 - xi)) or |A - A*| <= xi / 2, every right
-prediction with Con > 1 / (2 - xi) has R-Con > 1/2 and every wrong one R-Con < 1/2 (their Theorem 1).
+prediction with Con > 1 / (2 - xi) has R-Con > 1/2 and every wrong one R-Con < 1/2.
 
 B examples, C classes.
 """

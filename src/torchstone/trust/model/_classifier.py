@@ -1,5 +1,5 @@
 """Image classifiers: what they share. Pixels in; logits, features, and where there is a head for it the auxiliary
-score A of rectified rejection (Pang et al. 2022, arXiv 2105.14785, section 4) out.
+score A of rectified rejection (Pang et al. 2022, arXiv 2105.14785) out.
 
 Batch normalisation takes the statistics of the micro-batch that it sees, so micro-batches of a step differ in it as
 they do everywhere. Its running statistics are those of whole steps, over all micro-batches and ranks: a forward hands
