@@ -195,7 +195,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(epochs=20, seeds=2, control_seeds=1, rates=(1e-3,), tuning_seeds=0),
-    "evidence": _Size(epochs=40, seeds=5, control_seeds=3, rates=(1e-3, 3e-3, 1e-2), tuning_seeds=2),
+    "evidence": _Size(epochs=40, seeds=5, control_seeds=3, rates=(1e-3, 3e-3, 1e-2, 3e-2), tuning_seeds=3),
 }
 _SHIFT = 100_000
 """Distance of the null arm's seeds from the others'."""
