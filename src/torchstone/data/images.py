@@ -66,12 +66,11 @@ class ImagesDataSpec(DataSpec):
             TorchstoneError: scikit-learn or Pillow is missing; a file that is no image, or of another size; says which.
         """
         name = self.source or str(self.path)
+        plain = os.path.expanduser(name)
         if self.source is not None:
             read = _digits()
-        elif os.path.isdir(os.path.expanduser(name)):
-            read = _folder(Path(name).expanduser())
         else:
-            read = _array(Path(name).expanduser())
+            read = _folder(Path(plain)) if os.path.isdir(plain) else _array(Path(plain))
         pixels, label = read.pixels_NCII, read.label_N
         _check(pixels, label, name)
         split_N = _split(read.split_N, self)
