@@ -101,14 +101,13 @@ def _seconds(folder: Path) -> float:
 def sized(recipe: Recipe) -> Recipe:
     """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
     model: Any = recipe.model
-    if getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
+    tokens = hasattr(recipe.data, "block")
+    if tokens and getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
         return recipe
-    prepared: Any = recipe.data.prepare()
-    tokenizer = getattr(prepared, "tokenizer", None)
-    known = tokenizer.vocabulary if tokenizer is not None else getattr(recipe.data, "vocabulary", None)
-    sizes = {"vocabulary": known, "context": getattr(recipe.data, "block", None)}
-    patch = {name: value for name, value in sizes.items() if getattr(model, name) is None and value is not None}
-    return recipe.override({"model": patch})
+    from torchstone.train.training import sizes_of
+
+    known = sizes_of(recipe, recipe.data.prepare())
+    return recipe.override({"model": {name: size for name, size in known.items() if getattr(model, name) is None}})
 
 
 def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
 
-__all__ = ["MAY_CHANGE", "compile_model", "make_trainer", "train"]
+__all__ = ["MAY_CHANGE", "compile_model", "make_trainer", "sizes_of", "train"]
 
 MAY_CHANGE = (
     "trainer.log_every",
@@ -93,7 +93,7 @@ def train(
         made.facts,
         made.writer,
     )
-    mesh, device, threads, block = trainer.mesh, trainer.device, facts["threads"], getattr(recipe.data, "block", 1)
+    mesh, device, threads, block = trainer.mesh, trainer.device, facts["threads"], getattr(recipe.data, "block", None)
     if going_on:
         _warn_bitwise(folder, facts, say)
         if checkpoint is not None:
@@ -113,9 +113,10 @@ def train(
     trainer.rows = folder.metrics()
     if mesh.first and writer is not None:
         trainer.tensorboard = writer(str(folder.path / "tensorboard"))
+    unit = "examples" if block is None else f"x {block} tokens"
     say(
         f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
-        f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} x {block} tokens on {device.type}, "
+        f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} {unit} on {device.type}, "
         f"{threads} threads, {recipe.trainer.precision}, compile {facts['compile']}"
     )
     try:
@@ -264,11 +265,7 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
 
 def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
     """The recipe with what the data and the machine decide filled in."""
-    tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
-    # data without text have a vocabulary of their own, and sizes by other names
-    vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
-    sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
-    known = {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
+    tokenizer, known = prepared.tokenizer, sizes_of(recipe, prepared)
     given = {name: value for name in known if (value := getattr(recipe.model, name)) is not None}
     for name, value in given.items():
         if name != "context" and value < known[name]:
@@ -276,6 +273,15 @@ def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Rec
             raise TorchstoneError(f"model.{name}: {value} is fewer than {whose}'s {known[name]}")
     left = {name: size for name, size in known.items() if name not in given}
     return recipe.override({"trainer": {"threads": threads, "precision": precision}, "model": left})
+
+
+def sizes_of(recipe: Recipe, prepared: Any) -> dict[str, int]:
+    """The fields of the recipe's model that its prepared data decide where they are open."""
+    tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
+    # data without text have a vocabulary of their own, and sizes by other names
+    vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
+    sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
+    return {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
 
 
 def _objective(recipe: Recipe, facts: Facts) -> Objective:
@@ -301,8 +307,17 @@ def _rehearse(
         raise TorchstoneError(
             f"parallel.data: is {mesh.ranks}, and what a model carries from step to step is kept on one rank only"
         )
-    with torch.no_grad(), autocast(device, recipe.trainer):
-        objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+    try:
+        with torch.no_grad(), autocast(device, recipe.trainer):
+            objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+    except KeyError as error:
+        (column,) = error.args
+        if column not in ("ids", "next", "pixels", "label") or column in batch:
+            raise
+        raise TorchstoneError(
+            f"objective {recipe.objective.kind}: needs {column!r} of its examples, and data {recipe.data.kind} has "
+            f"{', '.join(batch)}"
+        ) from error
     model.train()
     objective.train()
 
