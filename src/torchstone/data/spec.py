@@ -22,6 +22,8 @@ class DataSpec(PartSpec):
     default_kind: ClassVar[str] = "text"
     paired: ClassVar[bool] = False
     """Whether an example is two rows that an objective compares: ids (B, 2, T) in the place of (B, T)."""
+    example: ClassVar[str] = "tokens"
+    """What an example is made of: model, data and objective of a recipe say the same."""
 
     @classmethod
     def short(cls, value: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ class ModelSpec(PartSpec):
 
     family: ClassVar[str] = "model"
     default_kind: ClassVar[str] = "transformer"
+    example: ClassVar[str] = "tokens"
+    """What an example is made of, as `torchstone.data.DataSpec.example`."""
 
     def build(self) -> nn.Module:
         """The module, on the current default device, its parameters not yet initialised."""

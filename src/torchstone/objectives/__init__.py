@@ -92,6 +92,8 @@ class ObjectiveSpec(PartSpec):
     default_kind: ClassVar[str] = "causal_lm"
     paired: ClassVar[bool] = False
     """Whether it compares two rows an example, and so needs data that give pairs."""
+    example: ClassVar[str] = "tokens"
+    """What an example is made of, as `torchstone.data.DataSpec.example`."""
 
     def build(self, facts: Facts) -> Objective:
         """The module.
