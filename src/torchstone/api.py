@@ -381,6 +381,10 @@ def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
         recipe = load_recipe(document, overrides)
     else:
         recipe = load_recipe(what, overrides, start=lambda run: RunFolder(run).start())
+    if recipe.data.example != "tokens":
+        from torchstone.compare.cell import sized
+
+        return sized(recipe)
     patch: dict[str, Any] = {}
     if getattr(recipe.model, "vocabulary", 0) is None:
         size = getattr(recipe.data, "vocabulary", None)

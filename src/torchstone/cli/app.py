@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchstone.domains.knowledge_graph.cli import app as knowledge_graph_app
+
 if TYPE_CHECKING:
     from torchstone.generate import Completion
 
@@ -23,6 +25,7 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their sche
 app.add_typer(recipe_app, name="recipe")
 scale_app = typer.Typer(no_args_is_help=True, help="Scaling laws: fit them to trainings, ask them what to train.")
 app.add_typer(scale_app, name="scale")
+app.add_typer(knowledge_graph_app, name="knowledge-graph")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
 Attention = Annotated[

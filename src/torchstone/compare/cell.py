@@ -100,15 +100,12 @@ def _seconds(folder: Path) -> float:
 
 def sized(recipe: Recipe) -> Recipe:
     """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
-    model: Any = recipe.model
-    if getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
+    from torchstone.train.training import sizes_of
+
+    if all(getattr(recipe.model, name, 0) is not None for name in recipe.data.fills):
         return recipe
-    prepared: Any = recipe.data.prepare()
-    tokenizer = getattr(prepared, "tokenizer", None)
-    known = tokenizer.vocabulary if tokenizer is not None else getattr(recipe.data, "vocabulary", None)
-    sizes = {"vocabulary": known, "context": getattr(recipe.data, "block", None)}
-    patch = {name: value for name, value in sizes.items() if getattr(model, name) is None and value is not None}
-    return recipe.override({"model": patch})
+    sizes = sizes_of(recipe, recipe.data.prepare())
+    return recipe.override({"model": {n: value for n, value in sizes.items() if getattr(recipe.model, n) is None}})
 
 
 def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torchstone.train.migrations import FORMAT_VERSION
 from torchstone.train.progress import plot_curve
 from torchstone.train.run import RunFolder, build_model, load_weights
 
-__all__ = ["MAY_CHANGE", "compile_model", "make_trainer", "train"]
+__all__ = ["MAY_CHANGE", "compile_model", "make_trainer", "sizes_of", "train"]
 
 MAY_CHANGE = (
     "trainer.log_every",
@@ -101,7 +101,7 @@ def train(
             trainer.restore(checkpoint)
         if mesh.first:
             folder.trim_metrics(trainer.step if checkpoint is not None else -1)
-            folder.begin(recipe, prepared.tokenizer, facts)
+            folder.begin(recipe, prepared.tokenizer, facts, getattr(prepared, "names", None))
             if checkpoint is not None:  # a kill may have come between the checkpoint and its publication
                 folder.publish(folder.state / checkpoint.name)
         if checkpoint is not None and trainer.step >= recipe.trainer.steps:
@@ -109,7 +109,7 @@ def train(
         else:
             say(f"{folder.path}: going on from step {trainer.step}")
     elif mesh.first:
-        folder.begin(recipe, prepared.tokenizer, facts)
+        folder.begin(recipe, prepared.tokenizer, facts, getattr(prepared, "names", None))
     mesh.barrier()
     trainer.rows = folder.metrics()
     if mesh.first and writer is not None:
@@ -254,13 +254,18 @@ def _facts(tokenizer: Tokenizer | None, recipe: Recipe) -> Facts:
     return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator, **runs)
 
 
-def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
-    """The recipe with what the data and the machine decide filled in."""
+def sizes_of(recipe: Recipe, prepared: Any) -> dict[str, int]:
+    """What the data know of the model's fields."""
     tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
     # data without text have a vocabulary of their own, and sizes by other names
     vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
     sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
-    known = {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
+    return {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
+
+
+def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
+    """The recipe with what the data and the machine decide filled in."""
+    tokenizer, known = prepared.tokenizer, sizes_of(recipe, prepared)
     given = {name: value for name in known if (value := getattr(recipe.model, name)) is not None}
     for name, value in given.items():
         if name != "context" and value < known[name]:

@@ -26,7 +26,6 @@ from torchstone.data.blocks import shuffled
 from torchstone.data.hashing import digest, mix
 from torchstone.data.spec import DataSpec
 from torchstone.errors import TorchstoneError, nearest
-from torchstone.files import write_bytes
 from torchstone.keys import Key
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class TriplesSpec(DataSpec):
 
     paper: ClassVar[str] = "Sun et al. 2019, arXiv 1902.10197"
     example: ClassVar[str] = "triples"
+    fills: ClassVar[tuple[str, ...]] = ("entities", "relations")
 
     path: str = Field(min_length=1)
     """A folder with train.txt, valid.txt and test.txt; entities.dict and relations.dict (number, tab, name) fix the
@@ -92,10 +92,6 @@ class Names:
         if name not in self._number:
             raise TorchstoneError(f"{where}no {self.what} {name!r}{nearest(name, self.names)}")
         return self._number[name]
-
-    def save(self, path: Path) -> None:
-        """Write them as `read_names` reads them."""
-        write_bytes(path, "".join(f"{number}\t{name}\n" for number, name in enumerate(self.names)).encode())
 
 
 def read_names(path: Path, what: str) -> Names:
@@ -309,7 +305,7 @@ class PreparedTriples:
     Attributes:
         train, valid, test: the splits.
         entities, relations: names by number.
-        sizes: how many of each there are, by the names of a model's fields.
+        sizes: how many of each there are, by the names of a model's fields; `names` in their order.
         description: one line: sizes, and what valid and test ask of entities that train does not know.
         hash: identifies names and triples; numbers of different hashes do not compare.
     """
@@ -360,10 +356,9 @@ class PreparedTriples:
     def sizes(self) -> dict[str, int]:
         return {"entities": len(self.entities), "relations": len(self.relations)}
 
-    def save(self, folder: Path) -> None:
-        """Write the names, so that a run can be asked by name."""
-        self.entities.save(folder / "entities.dict")
-        self.relations.save(folder / "relations.dict")
+    @property
+    def names(self) -> dict[str, list[str]]:
+        return {"entities": list(self.entities.names), "relations": list(self.relations.names)}
 
 
 def _unseen(entities: Names, facts: Mapping[str, np.ndarray]) -> str:

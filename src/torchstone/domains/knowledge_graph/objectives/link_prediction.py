@@ -61,7 +61,8 @@ class LinkPrediction(Objective):
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         rows = torch.tensor(len(batch["head"]))
-        return {"weights": self._weight(batch).double().sum(), "rows": rows, "tokens": rows}
+        # in float64, wherever the device may be: what the sum is, no split into micro-batches changes
+        return {"weights": self._weight(batch).cpu().double().sum(), "rows": rows, "tokens": rows}
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
         given_B, sought_B = _ends(batch)
@@ -82,7 +83,7 @@ class LinkPrediction(Objective):
         given_B, sought_B = _ends(batch)
         score_BE = model(given_B, batch["relation"], batch["seeks_head"])
         rank_B = filtered_ranks(score_BE, sought_B, batch["known"])
-        rows = torch.tensor(float(len(rank_B)), device=rank_B.device)
+        rows = torch.tensor(len(rank_B), device=rank_B.device)
         scores: Aux = {"mrr": ((1 / rank_B).sum(), rows)}
         scores |= {f"hits@{most}": ((rank_B <= most).sum(), rows) for most in (1, 3, 10)}
         return Result(self(model, batch, None).terms, scores=scores)
@@ -96,7 +97,7 @@ def _ends(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filtered_ranks(score_BE: torch.Tensor, sought_B: torch.Tensor, known_BE: torch.Tensor) -> torch.Tensor:
-    """Ranks from 1, float64 (B,), of the answers among the entities that are no other known answer: the mean rank among
+    """Ranks from 1, float (B,), of the answers among the entities that are no other known answer: the mean rank among
     equal scores, and the last for a score that is no number.
 
     Args:
@@ -108,4 +109,4 @@ def filtered_ranks(score_BE: torch.Tensor, sought_B: torch.Tensor, known_BE: tor
     own_B1 = score_BE.gather(1, sought_B[:, None])
     candidates_B, lower_B = (~known_BE).sum(1), ((score_BE < own_B1) & ~known_BE).sum(1)
     equal_B = ((score_BE == own_B1) & ~known_BE).sum(1).clamp(min=1)
-    return candidates_B.double() - lower_B - (equal_B - 1) / 2
+    return candidates_B - lower_B - (equal_B - 1) / 2
