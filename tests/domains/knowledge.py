@@ -63,7 +63,9 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
         "evaluate": {"every": 3},
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) and "kind" not in section else section
+        base[name] = (
+            {**base.get(name, {}), **section} if isinstance(section, dict) and "kind" not in section else section
+        )
     return base
 
 

@@ -1,4 +1,4 @@
-"""Link prediction: the loss and the ranks by hand, one gradient however a batch is cut, runs that resume and are asked."""
+"""Link prediction: loss and ranks by hand, one gradient however a batch is cut, runs that resume and are asked."""
 
 from __future__ import annotations
 
@@ -182,7 +182,9 @@ def pieces(batch: Batch, *sizes: int) -> list[Batch]:
 
 
 def assert_same(found: tuple[Gradients, float], wanted: tuple[Gradients, float]) -> None:
-    assert found[0].keys() == wanted[0].keys() == {"entity", "rotation", "projection", "strength", "scale", "translation"}
+    assert (
+        found[0].keys() == wanted[0].keys() == {"entity", "rotation", "projection", "strength", "scale", "translation"}
+    )
     for name, value in wanted[0].items():
         assert value.any(), name
         torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-12)
@@ -251,9 +253,7 @@ def test_every_model_learns_the_facts_that_it_is_trained_on(name: str, tmp_path:
 
 
 def test_strengths_stay_below_their_bound_in_training(tmp_path: Path) -> None:
-    trainer = trainer_of(
-        tmp_path, model={**knowledge.MODELS["house"], "max_strength": 0.02}, optimizer={"lr": 0.1}
-    )
+    trainer = trainer_of(tmp_path, model={**knowledge.MODELS["house"], "max_strength": 0.02}, optimizer={"lr": 0.1})
     model: Any = trainer.model
     for _ in range(6):
         trainer.train_step()
@@ -282,7 +282,7 @@ def test_a_run_is_asked_by_names_without_its_graph(run: RunFolder) -> None:
     entity, relation = graph.entities.number, graph.relations.number
     for answer in tails:
         one = torch.tensor([entity("p3")]), torch.tensor([relation("plus2")]), torch.tensor([False])
-        assert answer.score == pytest.approx(float(graph.model(*one, torch.tensor([[entity(answer.name)]]))), abs=1e-5)
+        assert answer.score == pytest.approx(graph.model(*one, torch.tensor([[entity(answer.name)]])).item(), abs=1e-5)
     heads = {answer.name: answer.score for answer in graph.predict(tail="p5", relation="plus2", top=None)}
     assert heads["p3"] == pytest.approx(next(a.score for a in tails if a.name == "p5"), abs=1e-5)
     assert [a.name for a in graph.predict(head="p3", relation="plus2", top=2)] == [a.name for a in tails[:2]]

@@ -27,7 +27,9 @@ def prepared(folder: Path, **fields: Any) -> PreparedTriples:
 
 def named(data: PreparedTriples, batch: dict[str, torch.Tensor]) -> list[knowledge.Fact]:
     e, r = data.entities.names, data.relations.names
-    return [(e[h], r[p], e[t]) for h, p, t in zip(*(batch[n].tolist() for n in ("head", "relation", "tail")), strict=True)]
+    return [
+        (e[h], r[p], e[t]) for h, p, t in zip(*(batch[n].tolist() for n in ("head", "relation", "tail")), strict=True)
+    ]
 
 
 def test_names_are_numbered_in_the_order_of_the_dictionary_or_of_the_files(graph: Path) -> None:
@@ -62,9 +64,7 @@ def test_micro_batches_and_ranks_draw_alike_and_keys_and_steps_differ(graph: Pat
     data = prepared(graph)
     whole = data.train.batch(Key(1), 3, 8)
     for kind in ("micro", "rank"):
-        parts = [
-            data.train.batch(Key(1), 3, 4, *((n, 2) if kind == "micro" else (0, 1, n, 2))) for n in range(2)
-        ]
+        parts = [data.train.batch(Key(1), 3, 4, *((n, 2) if kind == "micro" else (0, 1, n, 2))) for n in range(2)]
         for name, value in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), value), name
     assert not torch.equal(whole["negative"], data.train.batch(Key(2), 3, 8)["negative"])

@@ -24,7 +24,9 @@ def rank(
     tail: Annotated[str | None, typer.Option("--tail", help="Name of the tail: heads are ranked.")] = None,
     top: Annotated[int, typer.Option("--top", help="How many entities.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
+    ] = False,
 ) -> None:
     """Rank entities as the missing end of a triple, the best first, with their scores."""
     from dataclasses import asdict

@@ -76,7 +76,9 @@ def load(run: str | Path | RunFolder, device: str = "cpu") -> KnowledgeGraph:
     spec: Any = folder.require().model_spec
     if spec.example != "triples":
         raise TorchstoneError(f"{folder.path}: model {spec.kind} scores no triples")
-    names = [Names(what, folder.names(several)) for what, several in (("entity", "entities"), ("relation", "relations"))]
+    names = [
+        Names(what, folder.names(several)) for what, several in (("entity", "entities"), ("relation", "relations"))
+    ]
     model = folder.model(device=choose_device(device))
     assert isinstance(model, Scorer)
     return KnowledgeGraph(model, *names)

@@ -14,8 +14,8 @@ __all__ = ["householder", "householder_fast", "householder_reference"]
 def householder(x: torch.Tensor, u_CK: torch.Tensor, strength: torch.Tensor | float = 2.0) -> torch.Tensor:
     """M(u_1) M(u_2) ... M(u_C) x of M(u) x = x - strength (u . x) u / |u|^2: the last direction acts first.
 
-    With strength 2 the inverse is the same product of directions in reverse order, ``u_CK.flip(-2)``. No K x K matrix is
-    made. A compiler fuses the definition by itself; eager code takes the path with its own backward.
+    With strength 2 the inverse is the same product of directions in reverse order, ``u_CK.flip(-2)``. No K x K matrix
+    is made. A compiler fuses the definition by itself; eager code takes the path with its own backward.
 
     Args:
         x: vectors (..., K).

@@ -18,9 +18,7 @@ def unit(u_CK: torch.Tensor) -> torch.Tensor:
     return u_CK / torch.linalg.vector_norm(u_CK, dim=-1, keepdim=True).clamp_min(EPS)
 
 
-def householder_reference(
-    x: torch.Tensor, u_CK: torch.Tensor, strength: torch.Tensor | float = 2.0
-) -> torch.Tensor:
+def householder_reference(x: torch.Tensor, u_CK: torch.Tensor, strength: torch.Tensor | float = 2.0) -> torch.Tensor:
     """`x` after the product, the last direction first; directions are of length 1 already."""
     for place in reversed(range(u_CK.shape[-2])):
         u_K = u_CK[..., place, :]

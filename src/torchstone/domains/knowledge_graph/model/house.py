@@ -1,13 +1,13 @@
-"""HousE (Li et al. 2022, arXiv 2202.07919): a relation is a product of Householder reflections, which is any rotation of
-blocks of k numbers, after contractions that are its own for heads and for tails.
+"""HousE (Li et al. 2022, arXiv 2202.07919): a relation is a product of Householder reflections, which is any rotation
+of blocks of k numbers, after contractions that are its own for heads and for tails.
 
     Rot(U) = H(u_1) ... H(u_2m),   2m = 2 floor(k/2)        H(u) x = x - 2 (u . x) u
     Pro(P, t) = M(p_1, t_1) ... M(p_c, t_c)                 M(p, t) x = x - t (p . x) p
     s(h, r, t) = gamma - sum over blocks | Rot(U_r) (Pro(P_r1, t_r1) h + b_r) - Pro(P_r2, t_r2) t |
 
-Variants of the paper: HousE-r has no contractions (``projections: 0``), HousE has them, and HousE-r+ and HousE+ add b_r
-(``translation: true``). Where a head is sought the inverse rotation is applied to the tail, which gives the same number,
-so that the chain runs once for all candidates.
+Variants of the paper: HousE-r has no contractions (``projections: 0``), HousE has them, and HousE-r+ and HousE+ add
+b_r (``translation: true``). Where a head is sought the inverse rotation is applied to the tail, which gives the same
+number, so that the chain runs once for all candidates.
 
 Shapes: B rows, N candidates, R relations, n blocks of k numbers, C reflections or contractions.
 """

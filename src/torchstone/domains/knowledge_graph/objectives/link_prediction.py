@@ -25,7 +25,7 @@ from torchstone.keys import Key
 from torchstone.model.context import Aux
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term
 
-__all__ = ["LinkPrediction", "LinkPredictionSpec", "filtered_ranks"]
+__all__ = ["LinkPrediction", "LinkPredictionSpec", "filtered_ranks", "ranks"]
 
 
 class LinkPredictionSpec(ObjectiveSpec):
@@ -54,7 +54,9 @@ class LinkPrediction(Objective):
 
     def check(self, model: nn.Module) -> None:
         if not isinstance(model, Scorer):
-            raise TorchstoneError("objective link_prediction: needs a model that scores triples (transe, rotate, house)")
+            raise TorchstoneError(
+                "objective link_prediction: needs a model that scores triples (transe, rotate, house)"
+            )
 
     def _weight(self, batch: Batch) -> torch.Tensor:
         return batch["weight"] if self.spec.weighted else torch.ones_like(batch["weight"])
@@ -75,14 +77,12 @@ class LinkPrediction(Objective):
         each_B = logsigmoid(fact_B1[:, 0]) + (share_BN * logsigmoid(-negative_BN)).sum(1)
         terms = {"loss": Term((self._weight(batch) * each_B).sum(), "weights", -0.5)}
         if self.spec.regulariser:
-            mean = torch.linalg.vector_norm(model.entity, dim=1).mean()  # type: ignore[arg-type]
+            mean = torch.linalg.vector_norm(model.entity, dim=1).mean()
             terms["regulariser"] = Term(len(given_B) * mean, "rows", self.spec.regulariser)
         return Result(terms)
 
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
-        given_B, sought_B = _ends(batch)
-        score_BE = model(given_B, batch["relation"], batch["seeks_head"])
-        rank_B = filtered_ranks(score_BE, sought_B, batch["known"])
+        rank_B = ranks(model, batch)
         rows = torch.tensor(len(rank_B), device=rank_B.device)
         scores: Aux = {"mrr": ((1 / rank_B).sum(), rows)}
         scores |= {f"hits@{most}": ((rank_B <= most).sum(), rows) for most in (1, 3, 10)}
@@ -94,6 +94,12 @@ def _ends(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     head_B, tail_B = batch["head"], batch["tail"]
     seeks_head_B = batch["seeks_head"]
     return torch.where(seeks_head_B, tail_B, head_B), torch.where(seeks_head_B, head_B, tail_B)
+
+
+def ranks(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Filtered ranks (B,) of what each row of an evaluation's batch seeks; see `filtered_ranks`."""
+    given_B, sought_B = _ends(batch)
+    return filtered_ranks(model(given_B, batch["relation"], batch["seeks_head"]), sought_B, batch["known"])
 
 
 def filtered_ranks(score_BE: torch.Tensor, sought_B: torch.Tensor, known_BE: torch.Tensor) -> torch.Tensor:
