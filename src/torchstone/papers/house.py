@@ -26,7 +26,6 @@ from torchstone.train import train
 from torchstone.train.run import shape_of
 
 __all__ = ["PAPER"]
-PAPER = None
 
 _BUILDS = (
     "torchstone.ops.householder",
@@ -411,3 +410,100 @@ GROUPS = Claim(
     ),
     run=_groups,
 )  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------- classes and members
+
+
+class OneContractionSpec(HousESpec):
+    """HousE with the relation forgotten where contractions are looked up: those of the first serve all."""
+
+    kind: ClassVar[str] = "house_one_contraction"
+    offered: ClassVar[bool] = False
+
+    def build(self) -> nn.Module:
+        return _OneContraction(self)
+
+
+class _OneContraction(HousE):
+    def _contracted(self, x_BNnk: torch.Tensor, relation_B: torch.Tensor, of_tails_B: torch.Tensor) -> torch.Tensor:
+        return super()._contracted(x_BNnk, torch.zeros_like(relation_B), torch.zeros_like(of_tails_B))
+
+
+_CLASSES, _MEMBERS = 40, 25
+_OF_CLASSES = ("member_of", "has_member")
+_BETWEEN_MEMBERS = ("next_member", "same_member_of_next_class", "both")
+
+
+def _classes(seed: int) -> list[_Fact]:
+    """40 classes of 25 members: who belongs where, both ways, and three relations between single members, so that it is
+    costly to make a class one point: 5,000 facts, the same for every seed."""
+    facts = []
+    for c, m in itertools.product(range(_CLASSES), range(_MEMBERS)):
+        here, next_c, next_m = f"c{c}m{m}", (c + 1) % _CLASSES, (m + 1) % _MEMBERS
+        facts += [(here, "member_of", f"c{c}"), (f"c{c}", "has_member", here)]
+        facts += [(here, "next_member", f"c{c}m{next_m}"), (here, "same_member_of_next_class", f"c{next_c}m{m}")]
+        facts.append((here, "both", f"c{next_c}m{next_m}"))
+    return facts
+
+
+_CLASS = _Task(
+    facts=_classes,
+    held_out=0.2,
+    arms={
+        "house": {"kind": "house", "dim": 8, "block": 4, "projections": 1},
+        "house-r": {"kind": "house", "dim": 8, "block": 4, "projections": 0},
+        "rotate": {"kind": "rotate", "dim": 8},
+        "one contraction": {"kind": "house_one_contraction", "dim": 8, "block": 4, "projections": 1},
+    },
+    controls=("rotate", "one contraction"),
+    nulls={"house-r, again": "house-r"},
+)
+_CLASS_SIZES = {
+    "quick": _Size(steps=300, negatives=48, seeds=1, control_seeds=1, rates=(2e-1,)),
+    "evidence": _Size(steps=2000, negatives=48, seeds=5, control_seeds=3, rates=(1e-1, 2e-1, 4e-1)),
+    "gpu": _Size(steps=10_000, negatives=256, seeds=10, control_seeds=3, rates=(5e-2, 1e-1, 2e-1)),
+}
+
+
+def _mapped(scale: Scale, first: int) -> Measured:
+    return _measured(_CLASS, _CLASS_SIZES[scale], first, {"": _OF_CLASSES, "between members": _BETWEEN_MEMBERS})
+
+
+_mapped.builds = _BUILDS  # type: ignore[attr-defined]
+
+CLASSES = Claim(
+    id="many-members-of-a-class",
+    kind="behaviour",
+    text="Of 40 classes of 25 members, a fifth of who belongs where and of three one-to-one relations between members "
+    "is held out. With 8 numbers an entity, contractions (110 numbers more) make HousE rank the two relations between "
+    "members and classes by more than 0.02 better than HousE-r does in as many steps, each at its best of three "
+    "learning rates. What the one-to-one relations lose by it is measured beside it and no part of the claim.",
+    figure="invertible contractions draw the entities of 1-to-N, N-to-1 and N-to-N relations together before "
+    "distances are taken",
+    gates=(
+        # 0.02: one answer more of fifty that comes first instead of far behind
+        Effect(
+            "better on relations with classes",
+            "house",
+            "house-r",
+            margin=0.02,
+            null="house-r, again",
+            sabotage="one contraction",
+            lower_is_better=False,
+        ),
+    ),
+    run=_mapped,
+)
+
+PAPER = Paper(
+    slug="house",
+    title="HousE: Knowledge Graph Embedding with Householder Parameterization",
+    authors="Rui Li, Jianan Zhao, Chaozhuo Li, Di He et al., Yanming Shen, Xing Xie",
+    year=2022,
+    link="https://arxiv.org/abs/2202.07919",
+    topics=("knowledge graphs", "link prediction", "embeddings"),
+    parts=("model.house", "data.triples", "objective.link_prediction"),
+    summary="A relation of a knowledge graph is any rotation of blocks of numbers, written as Householder "
+    "reflections, after contractions of head and tail that draw together what a relation maps to one.",
+    claims=(IDENTITIES, GROUPS, CLASSES),
+)
