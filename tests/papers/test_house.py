@@ -50,7 +50,7 @@ def test_classes_have_members_and_members_have_neighbours() -> None:
     assert all(of[t] == h for h, r, t in facts if r == "has_member")
     assert all(of[h] == of[t] and h != t for h, r, t in facts if r == "next_member")
     for relation in set(count) - set(house._OF_CLASSES):
-        assert Counter(t for _, r, t in facts if r == relation) == Counter(of)  # one to one
+        assert Counter(t for _, r, t in facts if r == relation) == Counter(list(of))  # one to one
 
 
 def test_what_is_held_out_is_split(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _drawn(*shape: int, seed: int) -> torch.Tensor:
 
 def _house(seed: int, **fields: Any) -> HousE:
     """A small model whose parts all show."""
-    spec = HousESpec(entities=20, relations=5, dim=24, gamma=6.0, **fields)
+    spec = HousESpec(entities=8, relations=4, dim=24, gamma=6.0, **fields)
     model: Any = initialise(spec.build(), seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,12 +73,12 @@ def _both_ends(model: Scorer) -> torch.Tensor:
 def _rotate_apart(seed: int) -> torch.Tensor:
     """Scores of HousE-r of blocks of two less those of RotatE turned by twice the angle between the directions."""
     ours = _house(seed, block=2, projections=0)
-    spec = RotatESpec(entities=20, relations=5, dim=24, gamma=6.0)
+    spec = RotatESpec(entities=8, relations=4, dim=24, gamma=6.0)
     theirs: Any = RotatE(spec)
     theirs.entity.copy_(ours.entity)
     a_RnC = torch.atan2(ours.rotation[..., 1], ours.rotation[..., 0])
     theirs.relation.copy_(2 * (a_RnC[..., 0] - a_RnC[..., 1]) * spec.spread / torch.pi)
-    given, relation = torch.cartesian_prod(torch.arange(20), torch.arange(5)).T
+    given, relation = torch.cartesian_prod(torch.arange(8), torch.arange(4)).T
     sides = [torch.full_like(given, side, dtype=torch.bool) for side in (False, True)]
     return torch.stack([ours(given, relation, side) - theirs(given, relation, side) for side in sides])
 
@@ -109,7 +109,7 @@ def _identities(scale: Scale, first: int) -> Measured:
     eye = torch.eye(5)
     plain, ours = _house(first, block=3, projections=0), _house(first, block=3, projections=2)
     ours.strength.zero_()
-    given, relation = torch.cartesian_prod(torch.arange(20), torch.arange(5)).T
+    given, relation = torch.cartesian_prod(torch.arange(8), torch.arange(4)).T
     heads = given % 2 == 0
     variants = [{"projections": p, "translation": t, "block": k} for p in (0, 2) for t in (False, True) for k in (2, 5)]
     known = _drawn(7, 50, seed=first) > 0.5
