@@ -189,7 +189,7 @@ _Fact = tuple[str, str, str]
 _TUNING_SEED = 500_000
 _SHIFT = 100_000
 """Distance of the null arm's seeds from the others'."""
-_RATES = (1e-2, 3e-2, 1e-1)
+_RATES = (2e-2, 6e-2, 2e-1)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def _measured(task: _Task, size: _Size, first: int, metrics: Mapping[str, tuple[
 
 
 class OneOrderSpec(HousESpec):
-    """HousE-r with the inverse forgotten: where a head is sought the tail is turned as a head would be."""
+    """HousE with the inverse forgotten: where a head is sought the tail is turned as a head would be."""
 
     kind: ClassVar[str] = "house_one_order"
     offered: ClassVar[bool] = False
@@ -360,7 +360,7 @@ _GROUP = _Task(
     nulls={"rotate, four times, again": "rotate, four times", "house-r, k = 2, again": "house-r, k = 2"},
 )
 _GROUP_SIZES = {
-    "quick": _Size(steps=300, negatives=64, seeds=2, control_seeds=1, rates=(3e-2,)),
+    "quick": _Size(steps=300, negatives=64, seeds=2, control_seeds=1, rates=(6e-2,)),
     "evidence": _Size(steps=1500, negatives=64, seeds=5, control_seeds=3, rates=_RATES),
     "gpu": _Size(steps=5000, negatives=256, seeds=10, control_seeds=3, rates=_RATES),
 }
@@ -414,8 +414,23 @@ GROUPS = Claim(
 # ------------------------------------------------------------------------------------------------- classes and members
 
 
+class StillStrengthsSpec(HousESpec):
+    """HousE whose strengths lose their gradient where they are cut at their bound."""
+
+    kind: ClassVar[str] = "house_still_strengths"
+    offered: ClassVar[bool] = False
+
+    def build(self) -> nn.Module:
+        return _StillStrengths(self)
+
+
+class _StillStrengths(HousE):
+    def strengths(self) -> torch.Tensor:
+        return super().strengths().detach()
+
+
 class OneContractionSpec(HousESpec):
-    """HousE with the relation forgotten where contractions are looked up: those of the first serve all."""
+    """HousE whose contractions are the same for all relations: those of the first."""
 
     kind: ClassVar[str] = "house_one_contraction"
     offered: ClassVar[bool] = False
@@ -426,7 +441,7 @@ class OneContractionSpec(HousESpec):
 
 class _OneContraction(HousE):
     def _contracted(self, x_BNnk: torch.Tensor, relation_B: torch.Tensor, of_tails_B: torch.Tensor) -> torch.Tensor:
-        return super()._contracted(x_BNnk, torch.zeros_like(relation_B), torch.zeros_like(of_tails_B))
+        return super()._contracted(x_BNnk, torch.zeros_like(relation_B), of_tails_B)
 
 
 _CLASSES, _MEMBERS = 40, 25
@@ -450,18 +465,19 @@ _CLASS = _Task(
     facts=_classes,
     held_out=0.2,
     arms={
-        "house": {"kind": "house", "dim": 8, "block": 4, "projections": 1},
-        "house-r": {"kind": "house", "dim": 8, "block": 4, "projections": 0},
-        "rotate": {"kind": "rotate", "dim": 8},
-        "one contraction": {"kind": "house_one_contraction", "dim": 8, "block": 4, "projections": 1},
+        "house": {"kind": "house", "dim": 4, "block": 4, "projections": 1},
+        "house-r": {"kind": "house", "dim": 4, "block": 4, "projections": 0},
+        "same for all relations": {"kind": "house_one_contraction", "dim": 4, "block": 4, "projections": 1},
+        "still strengths": {"kind": "house_still_strengths", "dim": 4, "block": 4, "projections": 1},
+        "one order": {"kind": "house_one_order", "dim": 4, "block": 4, "projections": 1},
     },
-    controls=("rotate", "one contraction"),
+    controls=("same for all relations", "still strengths", "one order"),
     nulls={"house-r, again": "house-r"},
 )
 _CLASS_SIZES = {
-    "quick": _Size(steps=300, negatives=48, seeds=1, control_seeds=1, rates=(2e-1,)),
-    "evidence": _Size(steps=2000, negatives=48, seeds=5, control_seeds=3, rates=(1e-1, 2e-1, 4e-1)),
-    "gpu": _Size(steps=10_000, negatives=256, seeds=10, control_seeds=3, rates=(5e-2, 1e-1, 2e-1)),
+    "quick": _Size(steps=300, negatives=48, seeds=1, control_seeds=1, rates=(1.2,)),
+    "evidence": _Size(steps=2000, negatives=48, seeds=5, control_seeds=3, rates=(0.6, 1.2, 2.4)),
+    "gpu": _Size(steps=10_000, negatives=256, seeds=10, control_seeds=3, rates=(0.6, 1.2, 2.4)),
 }
 
 
@@ -475,20 +491,28 @@ CLASSES = Claim(
     id="many-members-of-a-class",
     kind="behaviour",
     text="Of 40 classes of 25 members, a fifth of who belongs where and of three one-to-one relations between members "
-    "is held out. With 8 numbers an entity, contractions (110 numbers more) make HousE rank the two relations between "
-    "members and classes by more than 0.02 better than HousE-r does in as many steps, each at its best of three "
-    "learning rates. What the one-to-one relations lose by it is measured beside it and no part of the claim.",
+    "is held out. With 4 numbers an entity and one contraction of each end (60 numbers more of 4,240), HousE ranks "
+    "the relations between members and classes by more than 0.1 better than HousE-r, and those between members by no "
+    "more than 0.02 worse, in as many steps and each at its best of three learning rates. Contractions that are the "
+    "same for all relations are measured beside it and no part of the claim.",
     figure="invertible contractions draw the entities of 1-to-N, N-to-1 and N-to-N relations together before "
     "distances are taken",
     gates=(
-        # 0.02: one answer more of fifty that comes first instead of far behind
         Effect(
             "better on relations with classes",
             "house",
             "house-r",
-            margin=0.02,
+            margin=0.1,  # a tenth of the scale, as above
             null="house-r, again",
-            sabotage="one contraction",
+            sabotage="still strengths",
+            lower_is_better=False,
+        ),
+        Effect(
+            "not worse on relations between members",
+            "house: between members",
+            "house-r: between members",
+            margin=-0.02,  # one answer of fifty
+            sabotage="one order: between members",
             lower_is_better=False,
         ),
     ),
