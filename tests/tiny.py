@@ -17,7 +17,7 @@ from torchstone.recipe import Recipe, load_recipe
 from torchstone.train.checkpoint import load_tensors, save_tensors
 from torchstone.train.engine import Source, Trainer
 from torchstone.train.run import RunFolder, build_model
-from torchstone.train.training import _facts, _objective, _resolve
+from torchstone.train.training import _objective, _resolve, facts_of
 
 MODEL: dict[str, Any] = {"width": 16, "depth": 1, "attention": {"heads": 2}, "ffn": {"kind": "mlp", "hidden": 24}}
 
@@ -84,6 +84,37 @@ def preferences(folder: Path, **sections: Any) -> dict[str, Any]:
     return {**made, "objective": {"kind": "dpo", "reference": str(reference), **sections.get("objective", {})}}
 
 
+def labelled(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe of classification, whose examples lie in `folder`."""
+    made = recipe(folder, **sections)
+    if not (file := folder / "labelled.jsonl").exists():
+        examples(file)
+    kept = {name: made["data"][name] for name in ("tokenizer", "cache")}
+    made["data"] = {"kind": "labelled", "path": str(file), "block": 16, **kept}
+    made["model"] = {"causal": False, "head": {"kind": "classification", "classes": 3, "pool": "mean"}, **made["model"]}
+    return {**made, "objective": {"kind": "classification", **sections.get("objective", {})}}
+
+
+def distilled(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe whose student learns the relations of a wider teacher, which lies in `folder`."""
+    if not (teacher := folder / "teacher").exists():
+        saved(teacher, recipe(folder, model={**MODEL, "depth": 3, "width": 24, "attention": {"heads": 3}}))
+    objective = {"kind": "minilm_v2", "teacher": str(teacher), "relation_heads": 8, **sections.get("objective", {})}
+    return {**recipe(folder, **sections), "objective": objective}
+
+
+def examples(path: Path, count: int = 60, seed: int = 0) -> Path:
+    """A file of short texts of three classes, each with letters that it likes."""
+    rng, liked = random.Random(seed), {"red": "abc", "green": "def", "blue": "ghi"}
+    labels = [rng.choice(list(liked)) for _ in range(count)]
+    rows = [
+        {"text": f"{n} " + "".join(rng.choices(liked[label] + "jkl", k=rng.randint(3, 9))), "label": label}
+        for n, label in enumerate(labels)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 MASKED: dict[str, Any] = {
     "model": {**MODEL, "causal": False, "head": "mlm"},
     "objective": {"kind": "masked_lm", "rate": 0.3},
@@ -112,7 +143,7 @@ def saved(path: Path, data: dict[str, Any]) -> RunFolder:
 def trainer(data: dict[str, Any], dtype: torch.dtype = torch.float32, **fields: Any) -> Trainer:
     """A trainer in memory, without a run directory."""
     full, prepared = resolved(data)
-    objective = _objective(full, _facts(prepared.tokenizer, full)).to(dtype)
+    objective = _objective(full, facts_of(prepared, full)).to(dtype)
     model = build_model(full.model, full.trainer.seed).to(dtype)
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = full.trainer.recompute

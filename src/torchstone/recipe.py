@@ -93,6 +93,15 @@ class AdaptSpec(PartSpec):
     def prepare(self, model: nn.Module) -> None:
         """Choose the parameters that train, by ``requires_grad``."""
 
+    def gate(self, named: Any, key: Any) -> Any:
+        """What stands between a step's gradient and the optimiser, a `torchstone.train.gate.GradientGate`; None if
+        nothing does. `named` are the parameters that train, `key` is for what it draws.
+
+        Raises:
+            TorchstoneError: it has no parameter to act on.
+        """
+        return None
+
 
 class TrainerSpec(Spec):
     """The training loop."""

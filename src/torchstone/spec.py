@@ -57,6 +57,7 @@ FAMILIES: dict[str, str] = {
     "head": "torchstone.model.head",
     "linear": "torchstone.model.linear",
     "model": "torchstone.model",
+    "noise": "torchstone.generate.noise",
     "norm": "torchstone.model.norm",
     "objective": "torchstone.objectives",
     "optimizer": "torchstone.train.optimizers",

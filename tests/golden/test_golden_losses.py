@@ -137,6 +137,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "data": {"kind": "triples", "path": "none"},
     }
     made["objective.link_prediction"]["objective"]["regulariser"] = 0.1
+    made["objective.classification"]["model"] = {"causal": False, "head": {"kind": "classification", "pool": "last"}}
+    made["objective.minilm_v2"]["objective"] |= {"teacher": "none", "relation_heads": 4}
     made["objective.multi_token"]["model"] = made["stack.multi_token"]["model"]
     made["stack.multi_token"]["objective"] = {"kind": "multi_token"}
     made["embedding.patch"]["model"] |= {"causal": False, "head": {"kind": "classification"}, "position": "learned"}
@@ -183,8 +185,9 @@ def batches_of(recipe: Recipe) -> Tokens:
 def ten_losses(sections: dict[str, Any]) -> list[float]:
     recipe = recipe_of(sections)
     model = build_model(recipe.model, recipe.trainer.seed)
-    facts = Facts(VOCABULARY, 0, 1, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed))
-    objective = Classify() if head_of(recipe).endswith("classification") else recipe.objective.build(facts)
+    facts = Facts(VOCABULARY, 0, 1, 2, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed))
+    classifies = head_of(recipe).endswith("classification") and recipe.objective.kind != "classification"
+    objective = Classify() if classifies else recipe.objective.build(facts)
     source = Source(batches_of(recipe))
     trainer = Trainer(model, objective, source, recipe.optimizer, recipe.schedule, recipe.trainer, quiet=True)
     return [float(f"{trainer.train_step()['loss']:.9g}") for _ in range(STEPS)]

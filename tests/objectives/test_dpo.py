@@ -18,7 +18,8 @@ import tiny
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts
-from torchstone.objectives.dpo import DPO, DPOSpec, fingerprint
+from torchstone.objectives._frozen import fingerprint
+from torchstone.objectives.dpo import DPO, DPOSpec
 from torchstone.recipe import load_recipe
 from torchstone.train import training
 from torchstone.train.checkpoint import load_tensors, save_tensors

@@ -179,14 +179,17 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
 
 LONG = {
     "add-a-part.md",
+    "anti-distillation.md",
     "api.md",
     "bitnet.md",
     "code.md",
     "compare.md",
     "evaluate.md",
+    "fine-tuning.md",
     "getting-started.md",
     "harvest.md",
     "hugging-face.md",
+    "knowledge-neurons.md",
     "longmem.md",
     "multi-token-prediction.md",
     "preferences.md",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchstone.domains.knowledge_graph.cli import app as knowledge_graph_app
+from torchstone.cli.groups import groups
 
 if TYPE_CHECKING:
     from torchstone.generate import Completion
@@ -25,7 +25,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Show recipes and their sche
 app.add_typer(recipe_app, name="recipe")
 scale_app = typer.Typer(no_args_is_help=True, help="Scaling laws: fit them to trainings, ask them what to train.")
 app.add_typer(scale_app, name="scale")
-app.add_typer(knowledge_graph_app, name="knowledge-graph")
+for _name, _group in groups():
+    app.add_typer(_group, name=_name)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides; values are YAML.")]
 Attention = Annotated[
@@ -102,6 +103,10 @@ def generate(
         list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    noise: Annotated[
+        str | None, typer.Option(help="Where randomness comes from: a kind, or {kind: lads, key_file: ...}.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="Who asks, for noise that goes by user.")] = None,
     attention: Attention = "full",
     echo: Annotated[bool, typer.Option("--echo", help="Print prompt and suffix around what is written.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -145,14 +150,15 @@ def generate(
     )
     asked_of: Any = prompts if suffix is None else infilling_prompts(folder, engine.tokenizer, prompts, suffix)
     after = [""] * len(prompts) if suffix is None else suffix
+    source, names = _noise(noise, seed, prompts, user, options.greedy)
     if not as_json and len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)
-        for event in engine.stream(asked_of, options):
+        for event in engine.stream(asked_of, options, requests=names, noise=source):
             print(event.text, end="", flush=True)
         print(after[0] if echo else "")
     else:
-        done = engine.generate(asked_of, options)
+        done = engine.generate(asked_of, options, requests=names, noise=source)
         if as_json:
             _print_json(
                 [
@@ -166,6 +172,26 @@ def generate(
     if draft is not None:
         share = f" ({engine.accepted / engine.drafted:.1%})" if engine.drafted else ""
         print(f"draft {draft}: {engine.accepted:,} of {engine.drafted:,} tokens accepted{share}", file=sys.stderr)
+
+
+def _noise(asked: str | None, seed: int, prompts: list[str], user: str | None, greedy: bool) -> tuple[Any, Any]:
+    """The noise source that was asked for, and the names of the generations in it; counts a user's visit."""
+    from torchstone.generate.noise import NoiseSpec
+    from torchstone.recipe import parse_override
+    from torchstone.spec import Part, Spec, validate
+
+    class Asked(Spec):
+        noise: Part[NoiseSpec]
+
+    body = parse_override(f"noise={asked or 'seeded'}")["noise"]
+    if asked is None:
+        body = {"kind": "seeded", "seed": seed}
+    spec = validate(Asked, {"noise": body}, "generate").noise
+    if greedy and asked is not None:
+        print(f"noise {spec.kind}: no effect at temperature 0", file=sys.stderr)
+        return None, None
+    source = spec.build()
+    return source, spec.requests(source, prompts, user)
 
 
 def _completion(prompt: str, suffix: str | None, done: Completion, drafted: bool) -> dict[str, Any]:

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from torchstone.data._sides import SPLITS, sides
 from torchstone.data.blocks import IGNORE, shuffled
-from torchstone.data.corpora import document_digest
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
-from torchstone.data.hashing import mix
 from torchstone.data.spec import DataSpec
 from torchstone.data.tokenizers import TokenizerSpec
 from torchstone.errors import TorchstoneError
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from torchstone.keys import Key
 
 __all__ = ["Pair", "Pairs", "PreferencesDataSpec", "PreparedPreferences", "read"]
-
-_SPLITS, _BOUNDS = ("train", "valid", "test"), (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class PreferencesDataSpec(DataSpec):
         from torchstone.data.store import Cache
 
         found = list(read(self))
-        side_P = _sides([pair.prompt for pair in found])
+        side_P = sides([pair.prompt for pair in found])
         content = fingerprint(find(self.path, ".jsonl"), self.kind, self.prompt, self.chosen, self.rejected)
 
         def texts() -> Iterator[str]:
@@ -108,9 +105,9 @@ class PreferencesDataSpec(DataSpec):
         cut = sum(1 + len(pair.prompt) + length > self.block for pair, _, length in kept)
         train, valid, test = splits = [
             Pairs([pair for pair, side, _ in kept if side == number], self.block, tokenizer)
-            for number in range(len(_SPLITS))
+            for number in range(len(SPLITS))
         ]
-        counts = ", ".join(f"{name} {len(split):,}" for name, split in zip(_SPLITS, splits, strict=True))
+        counts = ", ".join(f"{name} {len(split):,}" for name, split in zip(SPLITS, splits, strict=True))
         description = (
             f"preferences {self.path if isinstance(self.path, str) else ', '.join(self.path)}: {len(found):,} pairs, "
             f"hash {content[:12]}; {counts}; {cut:,} prompts cut; left out: {too_long:,} pairs with a response of "
@@ -205,18 +202,7 @@ def read(spec: PreferencesDataSpec) -> Iterator[Pair]:
         TorchstoneError: a file cannot be read, or a line is no pair; says which.
     """
     for _, where, record in lines(spec.path):
-        yield Pair(*(_text(record, name, where) for name in (spec.prompt, spec.chosen, spec.rejected)))
-
-
-def _text(record: dict[str, Any], name: str, where: str) -> str:
-    text = text_of(record, name, where)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise TorchstoneError(
-            f"{where}: field {name!r} holds half of a surrogate pair, which UTF-8 cannot carry"
-        ) from None
-    return text
+        yield Pair(*(text_of(record, name, where, utf8=True) for name in (spec.prompt, spec.chosen, spec.rejected)))
 
 
 def _encoded(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Pair]:
@@ -224,18 +210,3 @@ def _encoded(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Pair]:
     texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
     ids = iter([np.array(some, dtype) for some in tokenizer.encode_batch(texts)])
     return [Pair(*three) for three in zip(ids, ids, ids, strict=True)]
-
-
-def _sides(prompts: Sequence[str]) -> np.ndarray:
-    """The number of each pair's split, int64 (P,)."""
-    if not prompts:
-        return np.empty(0, np.int64)
-    content_P = np.array([int.from_bytes(document_digest(text.encode())[:8], "little") for text in prompts], np.uint64)
-    draw_P = (mix(content_P) >> np.uint64(11)) / 2.0**53  # as `torchstone.data.split` draws for a document
-    side_P = np.searchsorted(_BOUNDS, draw_P, side="right")
-    share = np.bincount(side_P, minlength=len(_SPLITS)) / len(prompts)
-    if share[0] < 0.8 or share[1] < 0.01 or share[2] < 0.01:
-        known, of_P = np.unique(draw_P, return_inverse=True)
-        few = max(1, len(known) // 20) if len(known) > len(_SPLITS) else 0
-        side_P = np.searchsorted([len(known) - 2 * few, len(known) - few], of_P, side="right")
-    return side_P

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torchstone.generate.engine import Completion, Engine, Event
-from torchstone.generate.noise import NoiseSource, Request, SeededNoise
+from torchstone.generate.noise import NoiseSource, Request
+from torchstone.generate.noise.seeded import SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
 
 __all__ = [

@@ -25,7 +25,8 @@ from torch import nn
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.generate.compiled import CompiledStep, CompileFailed
-from torchstone.generate.noise import NoiseSource, Request, SeededNoise
+from torchstone.generate.noise import NoiseSource, Request
+from torchstone.generate.noise.seeded import SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.speculative import Drafter, check_drafts, logits_of, padded
 from torchstone.generate.text import Writer

@@ -37,6 +37,7 @@ class Facts:
     Attributes:
         vocabulary: number of token ids.
         mask, pad, separator: ids of special tokens, None where there is none.
+        classes: number of labels, None where examples have none.
         init_from: the run that training starts from, None where there is none.
         load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
     """
@@ -45,6 +46,7 @@ class Facts:
     mask: int | None = None
     pad: int | None = None
     separator: int | None = None
+    classes: int | None = None
     init_from: str | None = None
     load: Callable[[str], nn.Module] | None = None
 

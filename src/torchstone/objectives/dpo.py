@@ -15,7 +15,6 @@ Shapes: B pairs, T tokens of a row, D width, N tokens of all responses.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, ClassVar
 
 import torch
@@ -28,9 +27,10 @@ from torchstone.keys import Key
 from torchstone.model.context import Aux
 from torchstone.model.tokens import Tokens
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
+from torchstone.objectives._frozen import WithReference, reference_of
 from torchstone.ops.cross_entropy import linear_cross_entropy, linear_nll
 
-__all__ = ["DPO", "DPOSpec", "fingerprint"]
+__all__ = ["DPO", "DPOSpec"]
 
 
 class DPOSpec(ObjectiveSpec):
@@ -48,50 +48,28 @@ class DPOSpec(ObjectiveSpec):
 
     def build(self, facts: Facts) -> Objective:
         run = self.reference or facts.init_from
-        if run is None:
-            raise TorchstoneError("objective dpo: needs a reference: the directory of a run, or the recipe's init_from")
-        if facts.load is None:
-            raise TorchstoneError("objective dpo: needs a reference, and no run can be loaded here")
-        reference = facts.load(run)
-        known = getattr(getattr(reference, "spec", None), "vocabulary", None)
-        if known is not None and facts.vocabulary is not None and known < facts.vocabulary:
-            raise TorchstoneError(
-                f"objective dpo: the reference {run} knows {known:,} tokens, fewer than the tokenizer's "
-                f"{facts.vocabulary:,}"
-            )
-        return DPO(self, reference, run)
+        return DPO(self, reference_of("dpo", "reference", run, facts), run or "")
 
 
-class DPO(Objective):
+class DPO(WithReference):
     """Batch: ids, next, valid (B, 2, T), the chosen response first; `next` below zero outside of responses. A pair
     without any target counts nothing.
 
     Args:
         spec: beta and label smoothing.
-        reference: a causal language model; it is frozen, and is neither trained nor saved.
+        reference: a causal language model.
         name: of the reference, for messages.
     """
 
     def __init__(self, spec: DPOSpec, reference: nn.Module, name: str = "reference") -> None:
-        super().__init__()
-        self.spec, self.name = spec, name
-        # kept from the module's own children: neither the optimiser nor a checkpoint may see its weights
-        self.__dict__["reference"] = reference.eval().requires_grad_(False)
-        self._digest = fingerprint(reference)
-        self.register_buffer("digest", torch.tensor(list(bytes.fromhex(self._digest)), dtype=torch.uint8))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.__dict__["reference"]._apply(fn, recurse)  # it moves to the device with the objective
-        return super()._apply(fn, recurse)
+        super().__init__("dpo", reference, name)
+        self.spec = spec
 
     def check(self, model: nn.Module) -> None:
         for who, each in (("model", model), ("reference", self.reference)):
             if getattr(each, "decoder", self) is None:
                 raise TorchstoneError(f"objective dpo: needs causal: true; the {who} is an encoder")
-        if bytes(self.digest.tolist()).hex() != self._digest:  # type: ignore[operator]
-            raise TorchstoneError(
-                f"objective dpo: the reference {self.name} holds other weights than when this training began"
-            )
+        super().check(model)
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         targets_B2T = batch["next"] >= 0
@@ -176,12 +154,3 @@ def _sums(head: Any, next_RT: torch.Tensor, where_RT: torch.Tensor) -> torch.Ten
     nll_N = linear_nll(head.h, head.weight, next_RT[where_RT], bias_V=head.bias, softcap=head.softcap)
     nll_RT = torch.zeros_like(next_RT, dtype=nll_N.dtype).masked_scatter(where_RT, nll_N)
     return -nll_RT.sum(1).view(-1, 2)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """64 hexadecimal digits that identify a model's weights: names, shapes, types and bits."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        total.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

@@ -31,9 +31,10 @@ from torchstone.keys import Key
 from torchstone.model.carry import Carry, Carrying, carry_of
 from torchstone.model.site import parameter_name
 from torchstone.objectives import Batch, Objective
-from torchstone.recipe import EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
+from torchstone.recipe import AdaptSpec, EvaluateSpec, OptimizerSpec, ScheduleSpec, TrainerSpec
 from torchstone.train.checkpoint import Checkpoint
 from torchstone.train.environment import autocast
+from torchstone.train.gate import GradientGate
 from torchstone.train.mesh import Mesh
 from torchstone.train.optimizers import named_parameters, set_factor
 from torchstone.train.progress import Progress
@@ -116,6 +117,7 @@ class Trainer:
         mesh: ranks.
         folder: the run to write into; None keeps everything in memory.
         flops_per_token: forward and backward, for the utilisation that is shown on devices whose peak is known.
+        adapt: how the model of another run is adapted; its gate stands before the optimiser.
     """
 
     model: nn.Module
@@ -132,6 +134,7 @@ class Trainer:
     flops_per_token: float | None = None
     quiet: bool = False
     tensorboard: Any = None
+    adapt: AdaptSpec | None = None
 
     def __post_init__(self) -> None:
         self.key = Key(self.spec.seed)
@@ -144,6 +147,9 @@ class Trainer:
         if not self.named:
             raise TorchstoneError("nothing to train: no parameter requires a gradient")
         self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
+        self.gate: GradientGate | None = None
+        if self.adapt is not None:
+            self.gate = self.adapt.gate(self.named, self.key.fold("gate"))
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
         self.carries: dict[int, Carry] = {}
         """What the model carries from step to step, by micro-batch; none where batches are no streams."""
@@ -252,6 +258,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step; a row of metrics."""
+        if self.gate is not None and self.step == 0:
+            self.gate.begin(self)
         self._mode(training=True)
         self.optim.zero_grad(set_to_none=True)
         factor = self.schedule.factor(self.step, self.spec.steps)
@@ -267,8 +275,12 @@ class Trainer:
             self._explain(batches, self.step, f"gradient norm {row['grad_norm']}")
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.clip, norm)
+        if self.gate is not None:
+            self.gate.before(self.step)
         with autocast(self.device, self.spec):  # Muon's products are matrix work like the model's
             self.optim.step()
+        if self.gate is not None:
+            self.gate.after(self.step)
         for carry in self.carries.values():
             carry.commit()
         self._after_step()
@@ -278,6 +290,22 @@ class Trainer:
                     self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
         self.step += 1
         return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+
+    def pass_gradients(self, size: int, limit: int | None = None) -> Iterator[None]:
+        """Goes once over the training split in order: after each turn the parameters hold the gradient of the loss of
+        `size` examples alone, the same on all ranks.
+
+        Args:
+            size: examples a batch.
+            limit: examples in all, at most.
+        """
+        self._mode(training=True)
+        for number, batch in enumerate(self.source.train.evaluation(size, limit)):
+            self.optim.zero_grad(set_to_none=True)
+            self.gradients([self.objective.prepare(self._move(batch), self.key.fold("pass", number))], number)
+            yield
+        self.optim.zero_grad(set_to_none=True)
+        self._sums, self.carries = {}, {}
 
     def _norm(self) -> torch.Tensor:
         """The norm of the gradient that is clipped."""
@@ -452,6 +480,8 @@ class Trainer:
         objective = {name: value for name, value in self.objective.state_dict().items()}
         if objective:
             out["objective"] = objective
+        if self.gate is not None and (kept := self.gate.tensors()):
+            out["gate"] = kept
         if self.carries:
             out["carry"] = {
                 f"{micro}.{name}": value
@@ -504,6 +534,8 @@ class Trainer:
                 if name not in averages or averages[name].shape != value.shape:
                     raise TorchstoneError(f"the checkpoint has no moving average of {name}")
                 value.copy_(averages[name])
+        if self.gate is not None:
+            self.gate.restore(checkpoint.tensors.get("gate", {}))
         self._restore_carries(checkpoint.tensors.get("carry", {}))
         self.step = self._saved = checkpoint.step
         self.best = checkpoint.facts.get("best") if checkpoint.facts.get("best") is not None else math.inf  # type: ignore[assignment]

@@ -44,11 +44,19 @@ class Mesh:
         return values
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Sum gradients over the data axis, in buckets. A rank that had none contributes zeros."""
+        """Sum gradients over the data axis, in buckets. A rank that had none contributes zeros; where no rank had one
+        there is none, for an optimiser moves what has a gradient of zeros."""
         if self.group is None:
             return
+        every = list(parameters)
+        if not every:
+            return
+        has = torch.tensor([parameter.grad is not None for parameter in every], device=every[0].device)
+        some = self.sum(has.to(torch.float32)).tolist()
         bucket: list[torch.Tensor] = []
-        for parameter in parameters:
+        for parameter, count in zip(every, some, strict=True):
+            if not count:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 from torchstone.keys import Key
@@ -157,7 +156,7 @@ def _assemble(
     mesh = build_mesh(recipe.parallel, device)
     prepared = recipe.data.prepare(say if mesh.first else None)
     recipe = _resolve(recipe, prepared, threads, choose_precision(recipe.trainer.precision, device))
-    objective = _objective(recipe, _facts(prepared.tokenizer, recipe))
+    objective = _objective(recipe, facts_of(prepared, recipe))
     if going_on:
         assert folder is not None
         _check_corpus(folder, prepared.hash)
@@ -189,6 +188,7 @@ def _assemble(
         {"recipe": recipe.hash(), "format_version": FORMAT_VERSION},
         costs.flops_per_token,
         quiet,
+        adapt=recipe.adapt,
     )
     return _Made(recipe, trainer, prepared, costs, facts, writer)
 
@@ -247,11 +247,19 @@ def _rows(recipe: Recipe, mesh: Mesh) -> int:
     return recipe.trainer.batch * recipe.trainer.accumulate * mesh.ranks
 
 
-def _facts(tokenizer: Tokenizer | None, recipe: Recipe) -> Facts:
-    runs: dict[str, Any] = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
-    if tokenizer is None:
-        return Facts(**runs)
-    return Facts(tokenizer.vocabulary, tokenizer.mask, tokenizer.pad, tokenizer.separator, **runs)
+_OF_TOKENS = ("vocabulary", "mask", "pad", "separator")
+
+
+def facts_of(prepared: Any, recipe: Recipe) -> Facts:
+    """What an objective may know of prepared data and of other runs."""
+    tokenizer = prepared.tokenizer
+    special = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in _OF_TOKENS}
+    return Facts(
+        **special,
+        classes=getattr(prepared, "sizes", {}).get("classes"),
+        init_from=recipe.init_from,
+        load=lambda run: RunFolder(run).require().model(),
+    )
 
 
 def sizes_of(recipe: Recipe, prepared: Any) -> dict[str, int]:

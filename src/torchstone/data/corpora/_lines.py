@@ -47,14 +47,17 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], field: str, where: str) -> str:
-    """A field of an object.
+def text_of(record: dict[str, Any], field: str, where: str, utf8: bool = False) -> str:
+    """A field of an object; with `utf8` one that UTF-8 can carry.
 
     Raises:
-        TorchstoneError: there is none of that name, or it is no string; says which.
+        TorchstoneError: there is none of that name, or it is no such string; says which.
     """
     if field not in record:
         raise TorchstoneError(f"{where}: no field {field!r}; fields: {', '.join(list(record)[:10]) or 'none'}")
-    if not isinstance(record[field], str):
-        raise TorchstoneError(f"{where}: field {field!r} is {type(record[field]).__name__}, a string is needed")
-    return record[field]
+    text = record[field]
+    if not isinstance(text, str):
+        raise TorchstoneError(f"{where}: field {field!r} is {type(text).__name__}, a string is needed")
+    if utf8 and any("\ud800" <= character <= "\udfff" for character in text):
+        raise TorchstoneError(f"{where}: field {field!r} holds half of a surrogate pair, which UTF-8 cannot carry")
+    return text

@@ -1,0 +1,1 @@
+"""Objectives that make a smaller model of a larger one."""

@@ -1,0 +1,170 @@
+"""Files of facts, as ParaRel has them, and what a run knows of them: its knowledge neurons, relation by relation."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torchstone.errors import TorchstoneError
+from torchstone.files import read_json
+from torchstone.interpret.knowledge_neurons import Fact, KnowledgeNeurons, Neuron, Unit
+from torchstone.model.site import parameter_name
+from torchstone.train.checkpoint import save_tensors
+from torchstone.train.run import RunFolder
+
+__all__ = ["examine", "read_facts", "text_of"]
+
+_ERASED = 20
+"""Neurons that erasing a relation empties, as published."""
+
+
+def read_facts(path: Path) -> dict[str, dict[str, Fact]]:
+    """Relation -> name -> fact, of ``{relation: {fact: [[prompt, answer, relation], ...]}}``.
+
+    Raises:
+        TorchstoneError: the file is none of these; says where.
+    """
+    data = read_json(path)
+    found: dict[str, dict[str, Fact]] = {}
+    if not isinstance(data, dict) or not data:
+        raise TorchstoneError(f"{path}: needs an object of relations")
+    for relation, facts in data.items():
+        if not isinstance(facts, dict):
+            raise TorchstoneError(f"{path}: {relation}: needs an object of facts")
+        found[relation] = {}
+        for name, rows in facts.items():
+            here = f"{path}: {relation}: {name}"
+            good = isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) >= 2 for row in rows)
+            if not good or not all(isinstance(text, str) for row in rows for text in row[:2]):
+                raise TorchstoneError(f"{here}: needs a list of [prompt, answer, relation]")
+            answers = {row[1] for row in rows}
+            if len(answers) > 1:
+                raise TorchstoneError(f"{here}: has several answers, {', '.join(sorted(answers))}")
+            found[relation][name] = Fact(tuple(row[0] for row in rows), rows[0][1])
+    return found
+
+
+def examine(
+    run: RunFolder,
+    path: Path,
+    *,
+    relations: Sequence[str] | None = None,
+    limit: int | None = None,
+    erase: str | None = None,
+    out: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What a run's answers lose when their neurons are suppressed and gain when they are amplified.
+
+    Args:
+        run: of a Transformer over text.
+        path: the facts.
+        relations: only these.
+        limit: facts of a relation, at most.
+        erase: a relation whose neurons are emptied afterwards.
+        out: where a copy of the run with that edit goes.
+        options: of `KnowledgeNeurons`.
+
+    Raises:
+        TorchstoneError: bad facts, an unknown relation, `out` without `erase` or in use.
+    """
+    facts = read_facts(path)
+    for name in [*(relations or ()), *([] if erase is None else [erase])]:
+        if name not in facts:
+            raise TorchstoneError(f"{path}: no relation {name!r}; relations: {', '.join(list(facts)[:10])}")
+    if out is not None and erase is None:
+        raise TorchstoneError("interpret: --out goes with --erase")
+    if out is not None and out.exists():
+        raise TorchstoneError(f"{out}: exists already")
+    wanted = dict.fromkeys([*(relations or facts), *([] if erase is None else [erase])])
+    kept = {name: dict(list(facts[name].items())[:limit]) for name in wanted}
+    model: Any = run.require().model()
+    kn = KnowledgeNeurons(model, run.tokenizer(), **options)
+    neurons = {name: kn.find_all(some) for name, some in kept.items()}
+
+    def p(fact: Fact) -> float:
+        return fmean(kn.probability(prompt, fact.answer) for prompt in fact.prompts)
+
+    plain = {(name, fact): p(some[fact]) for name, some in kept.items() for fact in some}
+    report: dict[str, Any] = {"relations": {}}
+    for name, some in kept.items():
+        rows = {}
+        for fact, own in neurons[name].items():
+            rows[fact] = {"answer": some[fact].answer, "probability": plain[name, fact], "neurons": _plain(own)}
+            with kn.suppress(own):
+                rows[fact]["suppressed"] = p(some[fact])
+            with kn.amplify(own):
+                rows[fact]["amplified"] = p(some[fact])
+        report["relations"][name] = rows
+    if erase is not None:
+        report["erased"] = _erase(kn, kept, neurons[erase], erase, plain, p)
+        if out is not None:
+            _copy(run, model, out)
+            report["erased"]["run"] = str(out)
+    return report
+
+
+def _plain(neurons: Sequence[Neuron]) -> list[list[float]]:
+    return [[each.layer, each.unit, each.score] for each in neurons]
+
+
+def _erase(
+    kn: KnowledgeNeurons, kept: Any, neurons: dict[str, list[Neuron]], name: str, plain: Any, p: Any
+) -> dict[str, Any]:
+    """Empty the units of most facts of a relation, and say what it and others are answered then."""
+    counts = Counter((each.layer, each.unit) for own in neurons.values() for each in own)
+    units: list[Unit] = [unit for unit, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_ERASED]]
+    if not units:
+        raise TorchstoneError(f"interpret: relation {name!r} has no knowledge neurons to erase")
+    kn.erase(units)
+    own = [(fact, p(kept[name][fact])) for fact in kept[name]]
+    other = [((r, fact), p(some[fact])) for r, some in kept.items() if r != name for fact in some]
+    found = {
+        "relation": name,
+        "neurons": [list(unit) for unit in units],
+        "before": fmean(plain[name, fact] for fact, _ in own),
+        "after": fmean(value for _, value in own),
+    }
+    if other:
+        found |= {
+            "others_before": fmean(plain[key] for key, _ in other),
+            "others_after": fmean(value for _, value in other),
+        }
+    return found
+
+
+def _copy(run: RunFolder, model: Any, out: Path) -> None:
+    """A run like this one, with the model's weights as they are now."""
+    made = out.with_name(f".{out.name}.making")
+    shutil.rmtree(made, ignore_errors=True)
+    shutil.copytree(run.path, made, ignore=shutil.ignore_patterns("state", "ema.safetensors"))
+    save_tensors(
+        made / "model.safetensors", {parameter_name(name): value for name, value in model.state_dict().items()}
+    )
+    made.rename(out)
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """The report in lines."""
+    lines = [f"{'relation':20} {'facts':>5} {'neurons':>8} {'p':>7} {'suppressed':>11} {'amplified':>10}"]
+    for name, rows in report["relations"].items():
+        each = list(rows.values())
+        mean = {key: fmean(row[key] for row in each) for key in ("probability", "suppressed", "amplified")}
+        count = fmean(len(row["neurons"]) for row in each)
+        lines.append(
+            f"{name:20} {len(each):5} {count:8.2f} {mean['probability']:7.4f} {mean['suppressed']:11.4f} "
+            f"{mean['amplified']:10.4f}"
+        )
+    if erased := report.get("erased"):
+        others = ""
+        if "others_before" in erased:
+            others = f"; other relations {erased['others_before']:.4f} -> {erased['others_after']:.4f}"
+        lines.append(
+            f"erased {len(erased['neurons'])} neurons of {erased['relation']}: p {erased['before']:.4f} -> "
+            f"{erased['after']:.4f}{others}"
+        )
+    return "\n".join(lines)

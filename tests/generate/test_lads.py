@@ -1,0 +1,167 @@
+"""Lossless anti-distillation sampling: exact and independent for each user, shared between users, counted once each."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2_contingency, chisquare, ttest_ind
+
+import tiny
+from torchstone.errors import TorchstoneError
+from torchstone.generate import Engine, History, Sampling
+from torchstone.generate.noise import NoiseSource
+from torchstone.generate.noise.lads import Counters, Hyperplanes, LadsNoise, LadsSpec, Nearest, seed_of
+from torchstone.spec import resolve, validate
+
+KEY = bytes(range(32))
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
+
+
+def source(key: bytes = KEY, counters: Counters | None = None) -> LadsNoise:
+    return LadsNoise(key, lambda prompt: prompt.split()[0], counters)
+
+
+def answers(noise: NoiseSource, requests: list[Any], sampling: Sampling, logits: torch.Tensor = LOGITS) -> np.ndarray:
+    history = History(requests, 0, [[0]] * len(requests))
+    return sampling.choose(logits.expand(len(requests), -1), history, noise).ids_B.numpy()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 0.6}, {"top_k": 3, "temperature": 1.5}, {"top_p": 0.8}], ids=str
+)
+def test_answers_to_one_user_are_exact_and_independent_samples(fields: dict[str, Any]) -> None:
+    noise, sampling = source(), Sampling(**fields)
+    drawn = answers(noise, noise.visit(["u"] * 40_000, ["how so"] * 40_000), sampling)
+    wanted = sampling.adjust(LOGITS[None]).double().softmax(-1)[0].numpy() * len(drawn)
+    there = wanted > 0
+    assert set(np.unique(drawn)) <= set(np.flatnonzero(there))
+    assert chisquare(np.bincount(drawn, minlength=5)[there], wanted[there]).pvalue > 1e-3
+    pairs = np.zeros((5, 5))
+    np.add.at(pairs, (drawn[:-1], drawn[1:]), 1)
+    assert chi2_contingency(pairs[np.ix_(there, there)]).pvalue > 1e-3
+    other = answers(noise, noise.visit(["v"] * 39_999, ["how else"] * 39_999), sampling)
+    assert np.array_equal(other, drawn[:39_999])  # another user in the bucket, with as many visits
+    shifted = answers(noise, noise.visit(["v"] * 100, ["why"] * 100), sampling)
+    assert not np.array_equal(shifted, drawn[:100])
+
+
+def test_the_seed_is_a_keyed_hash_of_bucket_and_count_alone() -> None:
+    message = (5).to_bytes(8, "little") + b"topic" + (3).to_bytes(8, "little")
+    assert seed_of(KEY, "topic", 3) == hmac.new(KEY, message, hashlib.sha256).digest()
+    noise = source()
+    first, second = noise.visit(["ann", "bob"], ["topic one", "topic two"])
+    assert first == second == seed_of(KEY, "topic", 0).hex()
+    assert noise.visit(["ann"], ["topic one"]) == [seed_of(KEY, "topic", 1).hex()]
+    # names that run together are not one another, nor are other keys
+    assert len({seed_of(KEY, "a", 1), seed_of(KEY, "a1", 0), seed_of(KEY, 11, 0), seed_of(KEY, 1, 1)}) == 4
+    one, other = (source(key).gumbel(source(key).visit(["u"], ["x"]), 0, 4000)[0] for key in (KEY, KEY[::-1]))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.07
+
+
+def test_shared_noise_agrees_as_often_as_the_formula_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise, requests = source(), source().visit(["u"] * 20_000, ["x"] * 20_000)
+    for _ in range(3):
+        p, q = (torch.randn(2, 6, generator=generator, dtype=torch.float64) * 1.5).softmax(-1)
+        same = answers(noise, requests, Sampling(), p.log()) == answers(noise, requests, Sampling(), q.log())
+        wanted = sum(1 / sum(max(p[j] / p[i], q[j] / q[i]) for j in range(6)) for i in range(6))
+        assert abs(same.mean() - wanted) < 4 * (wanted * (1 - wanted) / 20_000) ** 0.5
+        apart = (p - q).abs().sum() / 2
+        assert wanted >= (1 - apart) / (1 + apart) - 1e-12
+
+
+def test_two_users_get_the_same_text_whatever_the_batch(tmp_path: Path) -> None:
+    run = tiny.saved(tmp_path / "run", tiny.recipe(tmp_path))
+    engine, sampling = Engine.of_run(run, device="cpu"), Sampling(max_new_tokens=6)
+
+    def asked(users: list[str], prompts: list[str]) -> list[list[int]]:
+        noise = source()
+        names = noise.visit(users, prompts)
+        return [done.ids for done in engine.generate(prompts, sampling, requests=names, noise=noise)]
+
+    (alone,) = asked(["ann"], ["abc def"])
+    together = asked(["x", "bob", "bob", "y"], ["hij", "abc def", "abc def", "klm"])
+    assert together[1] == alone != together[2]
+
+
+def test_log_probabilities_of_answers_are_those_of_ordinary_samples() -> None:
+    own = LOGITS.log_softmax(-1).numpy()
+    noise = source()
+    shared = answers(noise, noise.visit(["u"] * 5000, ["x"] * 5000), Sampling())
+    plain = answers(resolve("noise", "seeded")(seed=1).build(), list(range(5000)), Sampling())  # type: ignore[attr-defined]
+    assert not np.array_equal(shared, plain) and ttest_ind(own[shared], own[plain]).pvalue > 1e-3
+
+
+def test_concurrent_visits_are_counted_once_each(tmp_path: Path) -> None:
+    counters = Counters(str(tmp_path / "visits.sqlite"))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: counters.next("u", "b"), range(100)))
+    assert sorted(found) == list(range(100))
+    with multiprocessing.get_context("spawn").Pool(3) as processes:
+        more = processes.map(_count, [str(tmp_path / "visits.sqlite")] * 6, chunksize=1)
+    assert sorted(n for each in more for n in each) == list(range(100, 160))
+    assert counters.next("u", "b") == 160 and counters.next("v", "b") == 0
+
+
+def _count(path: str) -> list[int]:
+    counters = Counters(path)
+    return [counters.next("u", "b") for _ in range(10)]
+
+
+def test_paraphrases_share_a_bucket_and_other_questions_do_not() -> None:
+    same = ("What is the capital of France?", "what is the capital of france")
+    other = "Write a function that sorts a list of numbers"
+    for bucket in (Hyperplanes(bits=10), Nearest((same[0], other))):
+        assert bucket(same[0]) == bucket(same[1]) != bucket(other)
+    assert 0 <= Hyperplanes(bits=3)("") < 8
+
+
+def test_it_is_asked_for_on_the_command_line(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    tiny.saved(tmp_path / "run", tiny.recipe(tmp_path))
+    (tmp_path / "key").write_text(KEY.hex())
+    asked = f"{{kind: lads, key_file: {tmp_path / 'key'}, counters: {tmp_path / 'visits.sqlite'}}}"
+    ask = ("generate", tmp_path / "run", "--prompt", "abc", "--max-new-tokens", 8, "--temperature", 1)
+    said = [cli(*ask, "--noise", asked, "--user", user) for user in ("ann", "bob", "ann")]
+    assert [each.status for each in said] == [0, 0, 0], said[0].err
+    assert said[0].out == said[1].out != said[2].out
+    refused = cli(*ask, "--noise", asked)
+    assert refused.status == 2 and "noise lads: needs the name of the user" in refused.err
+    assert cli(*ask, "--noise", "seeded").out == cli(*ask).out
+    unknown = cli(*ask, "--noise", "ladz")
+    assert unknown.status == 2 and "no noise kind 'ladz'; did you mean 'lads'" in unknown.err.replace(" (did", "; did")
+    greedy = cli(*ask[:-1], 0, "--noise", asked, "--user", "ann")
+    assert greedy.status == 0 and "noise lads: no effect at temperature 0" in greedy.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"short", "has 5 bytes; 32 are the least"), (b"ab" * 20, "has 20 bytes"), (None, "cannot read the key")],
+)
+def test_a_key_that_is_none_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    with pytest.raises(TorchstoneError, match=message):
+        validate(LadsSpec, {"key_file": str(tmp_path / "key")}).build()
+
+
+def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LADS_KEY", raising=False)
+    with pytest.raises(TorchstoneError, match=r"needs a key; set key_file or \$LADS_KEY"):
+        LadsSpec().build()
+    monkeypatch.setenv("LADS_KEY", KEY.hex())
+    made = LadsSpec().build()
+    with pytest.raises(TorchstoneError, match="requests are named by visit"):
+        made.gumbel([0], 0, 5)
+    with pytest.raises(TorchstoneError, match="the key has 3 bytes"):
+        LadsNoise(b"abc", str)
+    with pytest.raises(TorchstoneError, match="1 users for 2 prompts"):
+        source().visit(["u"], ["a", "b"])

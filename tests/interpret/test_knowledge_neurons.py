@@ -1,0 +1,265 @@
+"""Knowledge neurons: completeness, gradients by hand, sets that shrink, interventions at one place, edits undone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from torchstone.data import Tokenizer
+from torchstone.data.tokenizer import BYTE_CHARACTERS, byte_level
+from torchstone.errors import TorchstoneError
+from torchstone.interpret.integrated_gradients import integrated_gradients
+from torchstone.interpret.knowledge_neurons import Fact, KnowledgeNeurons, Neuron, refine, refine_together
+from torchstone.model.site import initialise
+from torchstone.model.transformer import Transformer, TransformerSpec
+from torchstone.spec import validate
+from torchstone.train.run import RunFolder
+
+BYTES: Tokenizer = byte_level({character: value for value, character in enumerate(BYTE_CHARACTERS)})
+
+
+def model(**fields: Any) -> Transformer:
+    spec = {
+        "width": 16,
+        "depth": 2,
+        "vocabulary": 259,
+        "context": 32,
+        "attention": {"heads": 2},
+        "ffn": {"kind": "mlp"},
+    }
+    spec |= {"residual": {"kind": "pre", "std": 0.4}, "position": "learned", **fields}
+    return initialise(validate(TransformerSpec, spec).build(), 1).eval()
+
+
+def encoder(**fields: Any) -> Transformer:
+    return model(causal=False, head="mlm", **fields)
+
+
+def finder(made: Transformer, **options: Any) -> KnowledgeNeurons:
+    return KnowledgeNeurons(made, BYTES, **options)
+
+
+def test_the_integral_of_a_polynomial() -> None:
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    found = integrated_gradients(lambda v: v[:, 0] ** 2 * v[:, 1], x, steps=2000)
+    torch.testing.assert_close(found, torch.tensor([4 / 3, 2 / 3], dtype=torch.float64), rtol=1e-5, atol=0)
+    at = {"left": [0.0, 0.5], "midpoint": [0.25, 0.75], "right": [0.5, 1.0]}
+    for rule, shares in at.items():
+        wanted = 3.0 * sum(2 * 3.0 * share for share in shares) / 2
+        assert integrated_gradients(lambda v: v**2, torch.tensor(3.0), 0.0, 2, rule).item() == pytest.approx(wanted)  # type: ignore[arg-type]
+    # from another baseline, and copy by copy
+    found = integrated_gradients(
+        lambda v: (v**3).sum(-1), x, torch.tensor([1.0, 1.0], dtype=torch.float64), 400, batch=7
+    )
+    torch.testing.assert_close(found, torch.tensor([0.0, 7.0], dtype=torch.float64), rtol=1e-5, atol=1e-9)
+    with pytest.raises(TorchstoneError, match="steps: needs 1 or more"):
+        integrated_gradients(lambda v: v.sum(-1), x, steps=0)
+
+
+@pytest.mark.parametrize(
+    "made", [encoder(), model(), model(ffn={"kind": "swiglu", "hidden": 24})], ids=["mlm", "lm", "gated"]
+)
+def test_attributions_of_a_layer_add_up_to_what_its_units_bring(made: Transformer) -> None:
+    kn = finder(made, steps=400)
+    prompt, answer = ("ab[MASK]d" if kn.masked else "abcd"), "x"
+    before = kn.probability(prompt, answer)
+    for layer, scores in enumerate(kn.attribute(prompt, answer)):
+        units = [(layer, unit) for unit in range(len(scores))]
+        with kn.suppress(units):
+            without = kn.probability(prompt, answer)
+        assert float(scores.sum()) == pytest.approx(before - without, rel=1e-3, abs=1e-7)
+        assert scores[kn.activations(prompt)[layer] == 0].abs().sum() == 0
+
+
+def test_an_attribution_is_the_activation_times_the_mean_gradient() -> None:
+    """One unit by itself, by the network's own weights and finite differences."""
+    made = encoder(depth=1).double()
+    kn = finder(made, steps=3, rule="left")
+    ids, at = kn.read("q[MASK]")
+    (scores,), (a_M,) = kn.attribute("q[MASK]", "z"), kn.activations("q[MASK]")
+
+    @torch.no_grad()
+    def p(v_M: torch.Tensor) -> float:
+        from torchstone.model.taps import Taps
+
+        def put(h: torch.Tensor) -> torch.Tensor:
+            h = h.clone()
+            h[0, at] = v_M
+            return h
+
+        logits = made(torch.tensor([ids]), taps=Taps(replace={"encoder.layers.0.ffn.hidden": put})).logits
+        return float(logits[0, at].softmax(-1)[ord("z")])
+
+    for unit in (0, 7, 30):
+        total, eps = 0.0, 1e-6
+        for k in range(3):
+            up, down = (k / 3 * a_M for _ in range(2))
+            up[unit] += eps
+            down[unit] -= eps
+            total += (p(up) - p(down)) / (2 * eps)
+        assert float(scores[unit]) == pytest.approx(float(a_M[unit]) * total / 3, rel=1e-4, abs=1e-12)
+
+
+def test_interventions_are_at_the_place_of_the_answer_alone() -> None:
+    made = model()
+    kn, ids = finder(made), torch.tensor([list(b"abcdef")])
+    plain = made(ids).logits
+    with kn.suppress([(0, 3), (1, 5)]), kn.amplify([Neuron(0, 4)], 3.0):
+        changed = made(ids, taps=kn._taps(at=5)).logits
+        assert torch.equal(changed[:, :5], plain[:, :5]) and not torch.equal(changed[:, 5], plain[:, 5])
+        within = kn.activations("abcdef")
+    after = kn.activations("abcdef")
+    assert within[0][3] == 0 and within[0][4] == pytest.approx(3 * after[0][4].item()) and after[0][3] != 0
+    assert torch.equal(made(ids).logits, plain)
+
+
+def test_sets_only_shrink_with_higher_bounds() -> None:
+    kn = finder(encoder())
+    prompts = ["a[MASK]b", "c[MASK]", "dd[MASK]e", "[MASK]fg"]
+    scores = [kn.attribute(prompt, "x") for prompt in prompts]
+    sets = [set(kn.coarse(scores[0], t)) for t in (0.1, 0.3, 0.9, 1.0)]
+    assert all(large >= small for large, small in itertools.pairwise(sets)) and len(sets[-1]) == 1
+    coarse = [kn.coarse(each, 0.05) for each in scores]
+    by_share = [{(n.layer, n.unit) for n in refine(coarse, share)} for share in (0.5, 0.75, 1.0)]
+    assert by_share[0] >= by_share[1] >= by_share[2]
+    found = kn.find(prompts, "x")
+    assert all(isinstance(each, Neuron) for each in found)
+    assert refine([{(0, 1): 2.0}, {(0, 1): 4.0}, {(0, 1): 3.0, (1, 1): 1.0}], 0.7) == [Neuron(0, 1, 3.0)]
+
+
+def test_the_share_moves_until_facts_have_two_to_five() -> None:
+    units = [(0, n) for n in range(9)]
+    many = [dict.fromkeys(units[: 9 - k], 1.0) for k in range(8)]  # unit n is in the sets of 9 - n prompts at most
+    plain = refine(many, 0.5)
+    together = refine_together({"f": many}, 0.5)["f"]
+    assert len(plain) == 6 and len(together) == 5
+    few = [dict.fromkeys(units[:1] if k < 5 else units[:2], 1.0) for k in range(8)]
+    assert len(refine(few, 0.5)) == 1 and len(refine_together({"f": few}, 0.5)["f"]) == 2
+
+
+def test_an_edit_moves_columns_along_rows_of_the_output_and_is_undone_to_the_bit() -> None:
+    made = encoder()
+    kn = finder(made)
+    weight = made.main.layers[1].ffn.down.weight  # type: ignore[union-attr]
+    before, rows = weight.detach().clone(), made.embedding.table().detach()  # type: ignore[operator]
+    edit = kn.update([(1, 4), (1, 6)], "a", "b", lam=(1.0, 8.0))
+    old, new = (rows[ord(c)] / rows[ord(c)].norm() for c in "ab")
+    for unit in (4, 6):
+        column = before[:, unit]
+        torch.testing.assert_close(weight[:, unit], column + column.norm() * (8 * new - old), rtol=1e-5, atol=1e-6)
+    others = [unit for unit in range(weight.shape[1]) if unit not in (4, 6)]
+    assert torch.equal(weight[:, others], before[:, others])
+    edit.undo()
+    assert torch.equal(weight, before)
+    erased = kn.erase([(1, 4)])
+    assert weight[:, 4].abs().max() == 0
+    again = kn.erase([(1, 4)], fill="q")
+    torch.testing.assert_close(weight[:, 4], rows[ord("q")])
+    again.undo(), erased.undo()
+    assert torch.equal(weight, before)
+
+
+def test_a_planted_unit_is_found() -> None:
+    """A unit whose column is the answer's row, and that fires whatever the prompt, is the fact's neuron."""
+    made = model(ffn={"kind": "mlp", "bias": True})
+    network = made.main.layers[1].ffn  # type: ignore[union-attr]
+    with torch.no_grad():
+        network.up.weight[9], network.up.bias[9] = 0, 2.0
+        network.down.weight[:, 9] = 4 * made.embedding.table()[ord("x")]  # type: ignore[operator, index]
+    kn = finder(made, share=0.7)
+    prompts = ["ab", "c", "dde", "fg", "hij", "klmn"]
+    found = {(each.layer, each.unit) for each in kn.find(prompts, "x")}
+    assert (1, 9) in found
+    best = max(kn.find(prompts, "x"), key=lambda each: each.score)
+    assert (best.layer, best.unit) == (1, 9)
+    facts = {"one": Fact(tuple(prompts), "x")}
+    assert (1, 9) in {(each.layer, each.unit) for each in kn.find_all(facts)["one"]}
+
+
+def test_prompts_that_cannot_be_read_are_one_sentence() -> None:
+    kn, causal = finder(encoder()), finder(model())
+
+    def said(work: Any) -> str:
+        with pytest.raises(TorchstoneError) as caught:
+            work()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "a prompt needs one [MASK], this has 0: 'abc'" in said(lambda: kn.probability("abc", "x"))
+    assert "this has 2" in said(lambda: kn.probability("[MASK]a[MASK]", "x"))
+    assert "the answer 'xy' is 2 tokens, not one: 'x', 'y'" in said(lambda: kn.probability("a[MASK]", "xy"))
+    assert "2 prompts of a fact; at least 3 are needed" in said(lambda: kn.find(["a[MASK]", "b[MASK]"], "x"))
+    assert "fact 'f': 1 prompts" in said(lambda: kn.find_all({"f": Fact(("a[MASK]",), "x")}))
+    assert "a prompt without tokens" in said(lambda: causal.probability("", "x"))
+    assert "there is no unit 99 in layer 0" in said(lambda: kn.erase([(0, 99)]))
+    assert "give a tokenizer that has one" in said(lambda: KnowledgeNeurons(encoder()))
+    assert KnowledgeNeurons(encoder(), mask=2).probability([1, 2], 3) > 0
+    assert "needs the tokenizer" in said(lambda: KnowledgeNeurons(model()).probability("a", 3))
+    moe = {"kind": "moe", "experts": 2, "active": 1}
+    assert "layer 0 has no hidden units that are all of one network (MoE)" in said(lambda: finder(model(ffn=moe)))
+    assert KnowledgeNeurons(model()).probability([97, 98], 99) > 0
+
+
+# ------------------------------------------------------------------------------------------------------- from a file
+
+
+FACTS = {
+    "first": {"f1": [["ab", "x", "first"], ["b", "x", "first"], ["cc", "x", "first"]],
+              "f2": [["de", "y", "first"], ["e", "y", "first"], ["ff", "y", "first"]]},
+    "second": {"f3": [["gh", "z", "second"], ["h", "z", "second"], ["ii", "z", "second"]]},
+}  # fmt: skip
+
+
+def test_a_file_of_facts_is_examined_and_a_relation_erased_in_a_copy(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    recipe = tiny.recipe(tmp_path, model={**tiny.MODEL, "ffn": "mlp", "residual": {"kind": "pre", "std": 0.4}})
+    run = tiny.saved(tmp_path / "run", recipe)
+    (tmp_path / "facts.json").write_text(json.dumps(FACTS))
+    before = tiny.listing(tmp_path / "run")
+    ask = ("interpret", "knowledge-neurons", tmp_path / "run", "--facts", tmp_path / "facts.json")
+    said = cli(*ask, "--erase", "first", "--out", tmp_path / "erased", "--json")
+    assert said.status == 0, said.err
+    report = json.loads(said.out)
+    assert set(report["relations"]) == {"first", "second"} and set(report["relations"]["first"]) == {"f1", "f2"}
+    row = report["relations"]["second"]["f3"]
+    assert row["answer"] == "z" and 0 < row["probability"] < 1 and row["neurons"]
+    kn = KnowledgeNeurons(run.model(), run.tokenizer())  # type: ignore[arg-type]
+    assert kn.probability("gh", "z") + kn.probability("h", "z") + kn.probability("ii", "z") == pytest.approx(
+        3 * row["probability"]
+    )
+    assert tiny.listing(tmp_path / "run") == before
+    erased = RunFolder(tmp_path / "erased").model().state_dict()
+    plain = run.model().state_dict()
+    changed = {name for name in plain if not torch.equal(plain[name], erased[name])}
+    layers = {layer for layer, _ in report["erased"]["neurons"]}
+    assert changed == {f"decoder.layers.{layer}.ffn.down.weight" for layer in layers}
+    for layer, unit in report["erased"]["neurons"]:
+        assert not erased[f"decoder.layers.{layer}.ffn.down.weight"][:, unit].any()
+    assert "erased" in cli(*ask, "--erase", "first").out
+
+
+@pytest.mark.parametrize(
+    ("facts", "arguments", "message"),
+    [
+        ([], [], "needs an object of relations"),
+        ({"r": []}, [], "r: needs an object of facts"),
+        ({"r": {"f": [["a"]]}}, [], r"r: f: needs a list of [prompt, answer, relation]"),
+        ({"r": {"f": [["a", "x"], ["b", "y"], ["c", "x"]]}}, [], "r: f: has several answers, x, y"),
+        ({"r": {"f": [["a", "x"]]}}, [], "fact 'f': 1 prompts; at least 3 are needed"),
+        (FACTS, ["--relation", "third"], "no relation 'third'; relations: first, second"),
+        (FACTS, ["--out", "somewhere"], "--out goes with --erase"),
+    ],
+)
+def test_facts_that_are_none_are_one_line(
+    tmp_path: Path, cli: Callable[..., Any], facts: Any, arguments: list[str], message: str
+) -> None:
+    tiny.saved(tmp_path / "run", tiny.recipe(tmp_path))
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    said = cli("interpret", "knowledge-neurons", tmp_path / "run", "--facts", tmp_path / "facts.json", *arguments)
+    assert said.status == 2 and message in said.err and said.err.count("\n") == 1
