@@ -79,7 +79,7 @@ def test_numbers_of_the_arms() -> None:
     }
     arms = {name: model_of(dict(arm), 1040, 5) for name, arm in house._CLASS.arms.items()}
     count = {name: sum(p.numel() for p in model.parameters()) for name, model in arms.items()}
-    assert count == {"house-r": 4240, **dict.fromkeys(set(house._CLASS.arms) - {"house-r"}, 4240 + 60)}
+    assert count == {"house-r": 4240, **dict.fromkeys(set(house._CLASS.arms) - {"house-r"}, 4240 + 120)}
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def class_arms(*names: str) -> list[Any]:
     """Models of the second claim whose contractions show, with the first one's values."""
     made = [model_of(dict(house._CLASS.arms[name]), 9, 5) for name in names]
     with torch.no_grad():
-        made[0].strength.copy_(torch.randn(2, 5, 1, 1, generator=torch.Generator().manual_seed(0)))
+        made[0].strength.copy_(torch.randn(2, 5, 1, 2, generator=torch.Generator().manual_seed(0)))
     for model in made[1:]:
         model.load_state_dict(made[0].state_dict())
     return made
