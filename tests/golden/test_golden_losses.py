@@ -130,6 +130,7 @@ def cases() -> dict[str, dict[str, Any]]:
     # parts that a causal language model has no place for
     encoder = {"causal": False, "head": {"kind": "mlm"}}
     made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
+    made["objective.pseudo_masked"]["model"] = {**encoder, "position": "t5"}
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
     made["objective.dpo"] |= {"data": {"kind": "preferences", "path": "none"}, "init_from": "none"}
     made["objective.link_prediction"] |= {

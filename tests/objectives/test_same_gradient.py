@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "masked_lm": {**tiny.MASKED, "model": {**tiny.MASKED["model"], "depth": 2, "norm": "layernorm"}},
     "classification": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"smoothing": 0.1}},
     "minilm_v2": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"relations": ["qq", "kv", "vv"]}},
+    "pseudo_masked": {**tiny.MASKED, "objective": {"kind": "pseudo_masked", "rate": 0.4}},
     "dpo": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"beta": 0.5}},
 }
 Gradients = dict[str, torch.Tensor]

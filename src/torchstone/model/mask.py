@@ -24,6 +24,7 @@ __all__ = [
     "Lowered",
     "Mask",
     "Relation",
+    "Roles",
     "Term",
     "Window",
     "holds",
@@ -137,6 +138,24 @@ class Blocks(Term):
     @property
     def reach(self) -> int | None:
         return 2 * self.size
+
+
+@dataclass(frozen=True)
+class Roles(Term):
+    """Who sees whom by the column `role`, a step a token (UniLMv2, Bao et al. 2020, arXiv 2002.12804, section 3.3).
+
+    Tokens of step t >= 0 see those of steps 0 to t; stand-ins of step t, with role -t, see those of steps 0 to t - 1
+    and the other stand-ins of step t. Nobody else sees a stand-in.
+    """
+
+    name: ClassVar[str] = "role"
+
+    def allow(self, q: Tokens, k: Tokens) -> torch.Tensor:
+        assert q.role is not None and k.role is not None, "the mask of roles needs tokens with a role"
+        of_q, of_k = q.role[:, :, None], k.role[:, None, :]
+        # what stands for step t sees what was there before it
+        seen = torch.where(of_q < 0, -of_q - 1, of_q)
+        return ((of_k >= 0) & (of_k <= seen)) | ((of_q < 0) & (of_k == of_q))
 
 
 @dataclass(frozen=True)
