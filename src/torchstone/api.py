@@ -382,6 +382,10 @@ def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
         recipe = load_recipe(document, overrides)
     else:
         recipe = load_recipe(what, overrides, start=lambda run: RunFolder(run).start())
+    if recipe.data.example != "tokens":
+        from torchstone.compare.cell import sized
+
+        return sized(recipe)
     patch: dict[str, Any] = {}
     if not hasattr(recipe.data, "block"):  # no tokens: sizes by other names, known to the data alone
         known = sizes_of(recipe, recipe.data.prepare())

@@ -199,6 +199,15 @@ class Recipe(Spec):
     """Validation and test."""
 
     @model_validator(mode="after")
+    def _of_one_kind(self) -> Recipe:
+        for name, section in (("objective", self.objective), ("model", self.model)):
+            if section.example not in (None, self.data.example):
+                raise ValueError(
+                    f"data {self.data.kind} is of {self.data.example}, and {name} {section.kind} of {section.example}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _paired(self) -> Recipe:
         if self.objective.paired and not self.data.paired:
             raise ValueError(f"objective {self.objective.kind} compares pairs, and data {self.data.kind} has none")

@@ -100,14 +100,12 @@ def _seconds(folder: Path) -> float:
 
 def sized(recipe: Recipe) -> Recipe:
     """The recipe with the sizes that its data decide, where it leaves them open: what is counted must be known."""
-    model: Any = recipe.model
-    tokens = hasattr(recipe.data, "block")
-    if tokens and getattr(model, "vocabulary", 0) is not None and getattr(model, "context", 0) is not None:
-        return recipe
     from torchstone.train.training import sizes_of
 
-    known = sizes_of(recipe, recipe.data.prepare())
-    return recipe.override({"model": {name: size for name, size in known.items() if getattr(model, name) is None}})
+    if all(getattr(recipe.model, name, 0) is not None for name in recipe.data.fills):
+        return recipe
+    sizes = sizes_of(recipe, recipe.data.prepare())
+    return recipe.override({"model": {n: value for n, value in sizes.items() if getattr(recipe.model, n) is None}})
 
 
 def probe(recipe: Recipe, steps: int = _PROBE_STEPS) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -38,6 +38,9 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 class ImagesDataSpec(DataSpec):
     """Square images, each with the number of its class."""
+
+    example: ClassVar[str] = "images"
+    fills: ClassVar[tuple[str, ...]] = ("classes", "channels", "image")
 
     source: Literal["digits"] | None = None
     """digits: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn (extra `claims`)."""

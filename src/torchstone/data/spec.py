@@ -22,6 +22,10 @@ class DataSpec(PartSpec):
     default_kind: ClassVar[str] = "text"
     paired: ClassVar[bool] = False
     """Whether an example is two rows that an objective compares: ids (B, 2, T) in the place of (B, T)."""
+    example: ClassVar[str] = "tokens"
+    """What an example is made of; a recipe's model and objective say the same, or nothing."""
+    fills: ClassVar[tuple[str, ...]] = ("vocabulary", "context")
+    """Fields of a model that the data fill in where they are open."""
 
     @classmethod
     def short(cls, value: str) -> dict[str, Any]:
@@ -35,6 +39,7 @@ class DataSpec(PartSpec):
     def prepare(self, progress: Callable[[str], None] | None = None) -> Any:
         """The splits, ready to train on: `train`, `valid`, `test`, `description`, `hash` and `tokenizer` as in
         `torchstone.data.Prepared`; `tokenizer` is None where the ids are no text. What it may have besides: `sizes`,
-        numbers by name (entities, classes) that a model takes where its field of that name is open.
+        numbers by name (entities, classes) that a model takes where its field of that name is open; `names` by the
+        same words, which a run keeps.
         """
         raise NotImplementedError

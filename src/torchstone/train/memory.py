@@ -46,13 +46,14 @@ class TrainingMemory:
 
 
 def training_memory(recipe: Recipe) -> TrainingMemory:
-    """Bytes that a step of `recipe` needs above the idle process; its vocabulary must be known."""
+    """Bytes that a step of `recipe` needs above the idle process; its vocabulary must be known. The data
+    are read where their examples are no tokens."""
     vocabulary = getattr(recipe.model, "vocabulary", None)
     runs: Any = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
     objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, **runs))
     batch = _batch(recipe, objective)
-    targets = objective.counts(batch).get("targets")
-    selected = int(targets) if targets is not None else batch["ids"].numel() if "ids" in batch else 0
+    counts = objective.counts(batch)
+    selected = int(counts["targets" if "targets" in counts else "tokens"]) if "ids" in batch else 0
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = recipe.model.build()
         if recipe.adapt is not None:
@@ -97,9 +98,10 @@ def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
 
 
 def _batch(recipe: Recipe, objective: Objective) -> Batch:
-    """A prepared batch of ordinary tokens, or the first one of data that have none."""
-    if not hasattr(recipe.data, "block"):
-        return objective.prepare(recipe.data.prepare().train.batch(Key(0), 0, recipe.trainer.batch), Key(0))
+    """A prepared batch of ordinary tokens; of what is none, a real one."""
+    if recipe.data.example != "tokens":
+        rows = recipe.data.prepare().train.batch(Key(0), 0, recipe.trainer.batch)
+        return objective.prepare(rows, Key(0))
     shape = (recipe.trainer.batch, *((2,) if recipe.data.paired else ()), getattr(recipe.data, "block", 1))
     batch = {"ids": torch.full(shape, 3), "next": torch.full(shape, 3)}
     if getattr(recipe.data, "separate_documents", False):

@@ -7,6 +7,7 @@ model.safetensors      the weights of the newest checkpoint (model_ema.safetenso
 metrics.jsonl          one JSON object a row
 documents.json         bits and bytes of each document of the test split, as the last weights code it
 environment.json       versions, device, threads
+names.json             names of what the data number (entities, relations), where they have any
 plots/                 learning curve
 state/                 what resuming needs
 """
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ _FIXED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "names.json",
     "environment.json",
     "config.json",
     "recipe.yaml",
@@ -190,13 +192,7 @@ class RunFolder:
             if self.path.is_dir()
             else []
         )
-        foreign = set(others) - {
-            "config.json",
-            "environment.json",
-            "generation_config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
+        foreign = set(others) - set(_FIXED[:-1])
         if foreign:
             raise TorchstoneError(
                 f"{self.path}: exists and is not a run (it holds {min(foreign)}); choose another --out"
@@ -285,6 +281,18 @@ class RunFolder:
         load_weights(model, TensorFile(path), path)
         return model.eval()
 
+    def names(self, what: str) -> list[str]:
+        """Names of what the run's data number, ``entities`` or ``relations``, in the order of their numbers.
+
+        Raises:
+            TorchstoneError: the run's data have none.
+        """
+        path = self.path / "names.json"
+        found = read_json(path).get(what) if path.is_file() else None
+        if found is None:
+            raise TorchstoneError(f"{self.path}: its data have no {what}")
+        return list(found)
+
     def documents(self) -> dict[str, list[float]] | None:
         """``bits`` and ``bytes`` of each document of the test split; None where the test split has not been measured,
         or knows no documents."""
@@ -321,8 +329,16 @@ class RunFolder:
 
     # -- writing
 
-    def begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer | None,
+        environment: Mapping[str, Any],
+        names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Write what does not change during training; ``recipe.yaml`` last, because its presence makes it a run.
+
+        `names` are those of what the data number, for `names`.
 
         Raises:
             TorchstoneError: the disk is full or read-only; a run that was not there before is then not there.
@@ -330,7 +346,7 @@ class RunFolder:
         fresh = not self.exists()
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            self._begin(recipe, tokenizer, environment)
+            self._begin(recipe, tokenizer, environment, names)
         except Exception:
             if fresh:
                 for name in _FIXED:
@@ -340,7 +356,13 @@ class RunFolder:
                     folder.rmdir()
             raise
 
-    def _begin(self, recipe: Recipe, tokenizer: Tokenizer | None, environment: Mapping[str, Any]) -> None:
+    def _begin(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer | None,
+        environment: Mapping[str, Any],
+        names: Mapping[str, Sequence[str]] | None,
+    ) -> None:
         with full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.state, self.path / "plots"):
@@ -361,6 +383,8 @@ class RunFolder:
                     "max_new_tokens": 256,
                 },
             )
+        if names is not None:
+            write_json(self.path / "names.json", names)
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config_of(recipe.model, tokenizer))
         write_bytes(self.path / "recipe.yaml", recipe.yaml().encode())

@@ -100,7 +100,7 @@ def train(
             trainer.restore(checkpoint)
         if mesh.first:
             folder.trim_metrics(trainer.step if checkpoint is not None else -1)
-            folder.begin(recipe, prepared.tokenizer, facts)
+            folder.begin(recipe, prepared.tokenizer, facts, getattr(prepared, "names", None))
             if checkpoint is not None:  # a kill may have come between the checkpoint and its publication
                 folder.publish(folder.state / checkpoint.name)
         if checkpoint is not None and trainer.step >= recipe.trainer.steps:
@@ -108,7 +108,7 @@ def train(
         else:
             say(f"{folder.path}: going on from step {trainer.step}")
     elif mesh.first:
-        folder.begin(recipe, prepared.tokenizer, facts)
+        folder.begin(recipe, prepared.tokenizer, facts, getattr(prepared, "names", None))
     mesh.barrier()
     trainer.rows = folder.metrics()
     if mesh.first and writer is not None:

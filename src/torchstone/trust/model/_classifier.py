@@ -12,7 +12,7 @@ B examples, C classes, D features, K channels of a layer; pixels are (B, channel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ class RejectionSpec(Spec):
 
 class ClassifierSpec(ModelSpec):
     """An image classifier. Sizes that are open are those of the data."""
+
+    example: ClassVar[str | None] = "images"
 
     classes: int | None = Field(None, ge=2, le=2**20)
     """Number of classes; null takes that of the data."""

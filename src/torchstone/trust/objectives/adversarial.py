@@ -51,6 +51,7 @@ _NEAR = 1e-3
 class AdversarialSpec(ObjectiveSpec):
     """Classify images that an attack has changed by a little (PGD-AT, TRADES)."""
 
+    example: ClassVar[str | None] = "images"
     paper: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083; Zhang et al. 2019, arXiv 1901.08573"
 
     host: Literal["pgd_at", "trades"] = "pgd_at"

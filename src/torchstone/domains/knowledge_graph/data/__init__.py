@@ -1,0 +1,1 @@
+"""Kinds of data that are knowledge graphs."""

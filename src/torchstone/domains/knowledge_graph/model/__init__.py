@@ -1,0 +1,1 @@
+"""Models that score triples of a knowledge graph."""

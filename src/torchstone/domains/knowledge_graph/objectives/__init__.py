@@ -1,0 +1,1 @@
+"""Objectives over triples of a knowledge graph."""
