@@ -155,6 +155,7 @@ def test_a_recipe_distils_a_run_and_goes_on_where_it_stopped(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     recipe = tiny.distilled(tmp_path, trainer={"steps": 120, "save_every": 120}, optimizer={"lr": 0.02})
     rows = train({**recipe, "evaluate": {"every": 120, "blocks": 8}}, out=tmp_path / "run", quiet=True).metrics()

@@ -89,6 +89,7 @@ def test_few_examples_of_each_class_are_drawn_by_the_seed(tmp_path: Path) -> Non
     assert few.hash != ready(path).hash
 
 
+@pytest.mark.slow
 def test_a_recipe_learns_the_classes(tmp_path: Path) -> None:
     sections = {"trainer": {"steps": 150, "batch": 8, "save_every": 150}, "evaluate": {"every": 150}}
     done = train(tiny.labelled(tmp_path, optimizer={"lr": 0.02}, **sections), out=tmp_path / "run", quiet=True)

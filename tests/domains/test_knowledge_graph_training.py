@@ -332,7 +332,7 @@ def test_a_recipe_trains_and_its_run_is_asked_from_the_command_line(
     ("sections", "match"),
     [
         ({"objective": {"kind": "causal_lm"}}, "data triples is of triples, and objective causal_lm of tokens"),
-        ({"model": {"kind": "transformer"}}, "data triples is of triples, and model transformer of tokens"),
+        ({"model": {"kind": "mlp"}}, "data triples is of triples, and model mlp of images"),
         ({"data": {"kind": "text"}}, "data text is of tokens, and objective link_prediction of triples"),
     ],
 )

@@ -154,6 +154,7 @@ def test_the_loss_is_two_cross_entropies_over_the_masked_tokens() -> None:
     assert set(objective(par=0.0)(made, batch, None).terms) == {"ae"}
 
 
+@pytest.mark.slow
 def test_at_first_it_is_two_logarithms_of_the_vocabulary_and_it_learns(tmp_path: Path) -> None:
     sections = {**tiny.MASKED, "objective": {"kind": "pseudo_masked"}}
     settings = {"trainer": {"steps": 60, "batch": 8, "save_every": 60}, "evaluate": {"every": 60, "blocks": 8}}

@@ -398,7 +398,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(folder:
     torch.set_default_dtype(torch.float32)
     images = tiny.images(folder)
     assert "set model.rejection" in refusal({**images, "objective": "rectified_rejection"})
-    assert "needs a model of images" in refusal(tiny.recipe(folder, objective={"kind": "adversarial"}))
+    said = refusal(tiny.recipe(folder, objective={"kind": "adversarial"}))
+    assert said == "data text is of tokens, and objective adversarial of images"
     assert "needs 'ids' of its examples" in refusal({**images, "objective": "causal_lm"})
     text = {**images, "data": tiny.recipe(folder)["data"]}
     text["model"] = {**images["model"], "classes": 2, "channels": 1, "image": 4}
