@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,21 @@ MASKED: dict[str, Any] = {
     "objective": {"kind": "masked_lm", "rate": 0.3},
 }
 """Sections that make it a masked language model."""
+
+
+def images(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe of adversarial training: stripes of 6 x 6 pixels, whose place is their class."""
+    if not (file := folder / "stripes.npz").exists():
+        rng = np.random.default_rng(0)
+        label = rng.integers(3, size=120)
+        pixels = rng.random((120, 1, 6, 6)) * 0.6
+        pixels[np.arange(120), 0, 2 * label] += 0.4
+        np.savez(file, x=pixels, y=label)
+    made = recipe(folder, **sections)
+    made["model"] = {"kind": "mlp", "hidden": [20, 12], **sections.get("model", {})}
+    made["data"] = {"kind": "images", "path": str(file), "valid": 0.2, **sections.get("data", {})}
+    made["objective"] = {"kind": "adversarial", "epsilon": 0.1, "steps": 3, **sections.get("objective", {})}
+    return made
 
 
 def resolved(data: Recipe | dict[str, Any]) -> tuple[Recipe, Any]:

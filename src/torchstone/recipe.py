@@ -201,7 +201,7 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _of_one_kind(self) -> Recipe:
         for name, section in (("objective", self.objective), ("model", self.model)):
-            if section.example != self.data.example:
+            if section.example not in (None, self.data.example):
                 raise ValueError(
                     f"data {self.data.kind} is of {self.data.example}, and {name} {section.kind} of {section.example}"
                 )

@@ -60,6 +60,14 @@ class Pictures(Tokens):
         return {"ids": pixels + 0.1 * torch.randn(pixels.shape, generator=generator), "label": label}
 
 
+class Labelled(Pictures):
+    """The same with values from 0 to 1, for adversarial training."""
+
+    def batch(self, key: Key, step: int, size: int, *rest: int) -> Batch:
+        rows = super().batch(key, step, size, *rest)
+        return {"pixels": torch.sigmoid(rows["ids"]), "label": rows["label"]}
+
+
 class Pairs(Tokens):
     """Two rows an example, both after one first half: one goes on by the rule, one by chance."""
 
@@ -128,6 +136,9 @@ def cases() -> dict[str, dict[str, Any]]:
                 heads = {"heads": 2} if family == "attention" else {}
                 made[name] = {"model": {family: {**heads, **variants(family)[kind]}}}
     # parts that a causal language model has no place for
+    images = {"kind": "mlp", "classes": 2, "channels": 2, "image": 8, "hidden": [16, 8], "rejection": {}}
+    for name in ("adversarial", "rectified_rejection"):
+        made[f"objective.{name}"] |= {"model": images, "data": {"kind": "images", "path": "none"}}
     encoder = {"causal": False, "head": {"kind": "mlm"}}
     made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
     made["objective.pseudo_masked"]["model"] = {**encoder, "position": "t5"}
@@ -178,8 +189,8 @@ def head_of(recipe: Recipe) -> str:
 
 
 def batches_of(recipe: Recipe) -> Tokens:
-    if recipe.data.example == "triples":
-        return Triples()
+    if recipe.data.example != "tokens":
+        return Triples() if recipe.data.example == "triples" else Labelled()
     return Pairs() if recipe.data.paired else Tokens() if recipe.model.embedding.of_tokens else Pictures()  # type: ignore[attr-defined]
 
 

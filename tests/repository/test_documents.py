@@ -179,6 +179,7 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
 
 LONG = {
     "add-a-part.md",
+    "adversarial.md",
     "anti-distillation.md",
     "api.md",
     "bitnet.md",

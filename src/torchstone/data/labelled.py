@@ -169,6 +169,11 @@ class PreparedLabelled:
         """What the data decide of a model: `classes`."""
         return {"classes": len(self.classes)}
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Names of what the data number, which a run keeps: `classes`."""
+        return {"classes": [str(name) for name in self.classes]}
+
 
 class LabelledTexts:
     """The examples of one split, as ids; ``len(texts)`` counts them.

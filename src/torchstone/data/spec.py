@@ -23,7 +23,7 @@ class DataSpec(PartSpec):
     paired: ClassVar[bool] = False
     """Whether an example is two rows that an objective compares: ids (B, 2, T) in the place of (B, T)."""
     example: ClassVar[str] = "tokens"
-    """What an example is made of: model, data and objective of a recipe say the same."""
+    """What an example is made of; a recipe's model and objective say the same, or nothing."""
     fills: ClassVar[tuple[str, ...]] = ("vocabulary", "context")
     """Fields of a model that the data fill in where they are open."""
 

@@ -16,8 +16,9 @@ class ModelSpec(PartSpec):
 
     family: ClassVar[str] = "model"
     default_kind: ClassVar[str] = "transformer"
-    example: ClassVar[str] = "tokens"
-    """What an example is made of, as `torchstone.data.DataSpec.example`."""
+    example: ClassVar[str | None] = None
+    """What an example is made of, as `torchstone.data.DataSpec.example`; None where fields decide, as those of the
+    backbone do."""
 
     def build(self) -> nn.Module:
         """The module, on the current default device, its parameters not yet initialised."""

@@ -94,8 +94,8 @@ class ObjectiveSpec(PartSpec):
     default_kind: ClassVar[str] = "causal_lm"
     paired: ClassVar[bool] = False
     """Whether it compares two rows an example, and so needs data that give pairs."""
-    example: ClassVar[str] = "tokens"
-    """What an example is made of, as `torchstone.data.DataSpec.example`."""
+    example: ClassVar[str | None] = "tokens"
+    """What an example is made of, as `torchstone.data.DataSpec.example`; None where it does not matter."""
 
     def build(self, facts: Facts) -> Objective:
         """The module.

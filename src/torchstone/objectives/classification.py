@@ -5,6 +5,8 @@ B examples, N of them with a label, T tokens, C classes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -20,6 +22,8 @@ __all__ = ["Classification", "ClassificationObjectiveSpec"]
 
 class ClassificationObjectiveSpec(ObjectiveSpec):
     """Predict the class of each example."""
+
+    example: ClassVar[str | None] = None
 
     smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a target that is spread over all classes."""

@@ -53,7 +53,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
     objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, **runs))
     batch = _batch(recipe, objective)
     counts = objective.counts(batch)
-    selected = int(counts["targets"] if "targets" in counts else counts["tokens"])
+    selected = int(counts["targets" if "targets" in counts else "tokens"]) if "ids" in batch else 0
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = recipe.model.build()
         if recipe.adapt is not None:

@@ -93,7 +93,7 @@ def train(
         made.facts,
         made.writer,
     )
-    mesh, device, threads, block = trainer.mesh, trainer.device, facts["threads"], getattr(recipe.data, "block", 1)
+    mesh, device, threads, block = trainer.mesh, trainer.device, facts["threads"], getattr(recipe.data, "block", None)
     if going_on:
         _warn_bitwise(folder, facts, say)
         if checkpoint is not None:
@@ -113,9 +113,10 @@ def train(
     trainer.rows = folder.metrics()
     if mesh.first and writer is not None:
         trainer.tensorboard = writer(str(folder.path / "tensorboard"))
+    unit = "examples" if block is None else f"x {block} tokens"
     say(
         f"model: {costs.parameters:,} parameters, {costs.active_parameters:,} active; "
-        f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} x {block} tokens on {device.type}, "
+        f"{recipe.trainer.steps:,} steps of {_rows(recipe, mesh):,} {unit} on {device.type}, "
         f"{threads} threads, {recipe.trainer.precision}, compile {facts['compile']}"
     )
     try:
@@ -262,15 +263,6 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
     )
 
 
-def sizes_of(recipe: Recipe, prepared: Any) -> dict[str, int]:
-    """What the data know of the model's fields."""
-    tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
-    # data without text have a vocabulary of their own, and sizes by other names
-    vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
-    sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
-    return {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
-
-
 def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:
     """The recipe with what the data and the machine decide filled in."""
     tokenizer, known = prepared.tokenizer, sizes_of(recipe, prepared)
@@ -281,6 +273,15 @@ def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Rec
             raise TorchstoneError(f"model.{name}: {value} is fewer than {whose}'s {known[name]}")
     left = {name: size for name, size in known.items() if name not in given}
     return recipe.override({"trainer": {"threads": threads, "precision": precision}, "model": left})
+
+
+def sizes_of(recipe: Recipe, prepared: Any) -> dict[str, int]:
+    """The fields of the recipe's model that its prepared data decide where they are open."""
+    tokenizer, block = prepared.tokenizer, getattr(recipe.data, "block", None)
+    # data without text have a vocabulary of their own, and sizes by other names
+    vocabulary = getattr(recipe.data, "vocabulary", None) if tokenizer is None else tokenizer.vocabulary
+    sizes = {"vocabulary": vocabulary, "context": block, **getattr(prepared, "sizes", {})}
+    return {name: size for name, size in sizes.items() if size is not None and name in type(recipe.model).model_fields}
 
 
 def _objective(recipe: Recipe, facts: Facts) -> Objective:
@@ -306,8 +307,17 @@ def _rehearse(
         raise TorchstoneError(
             f"parallel.data: is {mesh.ranks}, and what a model carries from step to step is kept on one rank only"
         )
-    with torch.no_grad(), autocast(device, recipe.trainer):
-        objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+    try:
+        with torch.no_grad(), autocast(device, recipe.trainer):
+            objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+    except KeyError as error:
+        (column,) = error.args
+        if column not in ("ids", "next", "pixels", "label") or column in batch:
+            raise
+        raise TorchstoneError(
+            f"objective {recipe.objective.kind}: needs {column!r} of its examples, and data {recipe.data.kind} has "
+            f"{', '.join(batch)}"
+        ) from error
     model.train()
     objective.train()
 

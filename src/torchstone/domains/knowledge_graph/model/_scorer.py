@@ -30,7 +30,7 @@ _EPSILON = 2.0
 class ScorerSpec(ModelSpec):
     """A model that scores triples. The data fill in how many entities and relations there are."""
 
-    example: ClassVar[str] = "triples"
+    example: ClassVar[str | None] = "triples"
 
     entities: int | None = Field(None, ge=1, lt=2**31)
     """Number of entities (E); null takes it from the data."""

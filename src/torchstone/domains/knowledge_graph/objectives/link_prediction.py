@@ -32,7 +32,7 @@ class LinkPredictionSpec(ObjectiveSpec):
     """Score facts above negatives, the hardest of them most."""
 
     paper: ClassVar[str] = "Sun et al. 2019, arXiv 1902.10197"
-    example: ClassVar[str] = "triples"
+    example: ClassVar[str | None] = "triples"
 
     temperature: float = Field(1.0, ge=0, le=100)
     """How much more negatives of high scores count; 0 counts all alike."""

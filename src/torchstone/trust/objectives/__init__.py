@@ -1,0 +1,3 @@
+"""Objectives of adversarial training."""
+
+from __future__ import annotations
