@@ -352,9 +352,12 @@ def test_too_few_entities_are_refused_and_more_are_fine(tmp_path: Path, no_plots
     assert len(answers) == 14
 
 
-def test_another_model_is_refused_by_the_objective() -> None:
+def test_another_model_is_refused_by_the_objective(tmp_path: Path) -> None:
     with pytest.raises(TorchstoneError, match="needs a model that scores triples"):
         LinkPrediction(LinkPredictionSpec()).check(torch.nn.Linear(2, 2))
+    transformer = knowledge.recipe(tmp_path, model={"kind": "transformer", **tiny.MODEL, "vocabulary": 9})
+    with pytest.raises(TorchstoneError, match="needs a model that scores triples"):
+        train(transformer, out=tmp_path / "run", quiet=True)
 
 
 def test_memory_of_a_training_is_counted_from_its_triples(tmp_path: Path) -> None:

@@ -474,7 +474,7 @@ _CLASS = _Task(
     nulls={"house-r, again": "house-r"},
 )
 _CLASS_SIZES = {
-    "quick": _Size(steps=300, negatives=48, seeds=1, control_seeds=1, rates=(1.2,)),
+    "quick": _Size(steps=1000, negatives=48, seeds=1, control_seeds=1, rates=(1.2,)),
     "evidence": _Size(steps=2000, negatives=48, seeds=8, control_seeds=3, rates=(0.6, 1.2, 2.4)),
     "gpu": _Size(steps=10_000, negatives=256, seeds=10, control_seeds=3, rates=(0.6, 1.2, 2.4)),
 }
