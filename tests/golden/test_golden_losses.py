@@ -150,6 +150,9 @@ def cases() -> dict[str, dict[str, Any]]:
     }
     made["objective.link_prediction"]["objective"]["regulariser"] = 0.1
     made["objective.classification"]["model"] = {"causal": False, "head": {"kind": "classification", "pool": "last"}}
+    detector = {"kind": "token_classification", "classes": 1}
+    made["objective.replaced_token"]["model"] = {"causal": False, "head": detector}
+    made["objective.replaced_token"]["objective"]["generator"] = {"depth": 1}
     made["objective.minilm_v2"]["objective"] |= {"teacher": "another", "relation_heads": 4}
     made["objective.multi_token"]["model"] = made["stack.multi_token"]["model"]
     made["stack.multi_token"]["objective"] = {"kind": "multi_token"}
@@ -197,10 +200,14 @@ def batches_of(recipe: Recipe) -> Tokens:
 def ten_losses(sections: dict[str, Any]) -> list[float]:
     recipe = recipe_of(sections)
     model = build_model(recipe.model, recipe.trainer.seed)
+    another = build_model(recipe.model, recipe.trainer.seed + 1)
     facts = Facts(
-        VOCABULARY, 0, 1, 2, 2, "none", lambda run: build_model(recipe.model, recipe.trainer.seed + (run == "another"))
-    )
-    classifies = head_of(recipe).endswith("classification") and recipe.objective.kind != "classification"
+        VOCABULARY, 0, 1, 2, 2, "none",
+        lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
+        recipe.model,
+    )  # fmt: skip
+    own = recipe.objective.kind in ("classification", "replaced_token")
+    classifies = head_of(recipe).endswith("classification") and not own
     objective = Classify() if classifies else recipe.objective.build(facts)
     source = Source(batches_of(recipe))
     trainer = Trainer(model, objective, source, recipe.optimizer, recipe.schedule, recipe.trainer, quiet=True)

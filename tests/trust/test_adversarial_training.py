@@ -400,7 +400,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(folder:
     assert "set model.rejection" in refusal({**images, "objective": "rectified_rejection"})
     said = refusal(tiny.recipe(folder, objective={"kind": "adversarial"}))
     assert said == "data text is of tokens, and objective adversarial of images"
-    assert refusal({**images, "objective": "causal_lm"}) == "data images is of images, and objective causal_lm of tokens"
+    assert (
+        refusal({**images, "objective": "causal_lm"}) == "data images is of images, and objective causal_lm of tokens"
+    )
     assert "takes images of 1 x 7 x 7, got 1 x 6 x 6" in refusal({**images, "model": {**images["model"], "image": 7}})
     assert "model.classes: 2 is fewer" in refusal({**images, "model": {**images["model"], "classes": 2}})
     assert "trades needs it" in refusal(tiny.images(folder, objective={"host": "trades", "random_start": False}))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class Facts:
         classes: number of labels, None where examples have none.
         init_from: the run that training starts from, None where there is none.
         load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
+        model: spec of the model that is trained, for an objective with a network like it.
     """
 
     vocabulary: int | None = None
@@ -49,6 +50,7 @@ class Facts:
     classes: int | None = None
     init_from: str | None = None
     load: Callable[[str], nn.Module] | None = None
+    model: Any = None
 
 
 @dataclass(frozen=True)

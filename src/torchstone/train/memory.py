@@ -50,7 +50,7 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
     are read where their examples are no tokens."""
     vocabulary = getattr(recipe.model, "vocabulary", None)
     runs: Any = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
-    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, **runs))
+    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, model=recipe.model, **runs))
     batch = _batch(recipe, objective)
     counts = objective.counts(batch)
     selected = int(counts["targets" if "targets" in counts else "tokens"]) if "ids" in batch else 0

@@ -259,6 +259,7 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
         **special,
         classes=getattr(prepared, "sizes", {}).get("classes"),
         init_from=recipe.init_from,
+        model=recipe.model,
         load=lambda run: RunFolder(run).require().model(),
     )
 

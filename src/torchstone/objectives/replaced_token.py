@@ -1,0 +1,229 @@
+"""Replaced-token detection with a corrective loss: ELECTRA (Clark et al. 2020, arXiv 2003.10555) as METRO-LM (Bajaj et
+al. 2022, arXiv 2204.06644) has it.
+
+A shallow generator predicts masked tokens and a token is drawn from each prediction; the model reads the text with
+these in the place of the masked tokens, says of every token whether it is the original, and names the original where a
+token was masked.
+
+    L = L_generator + weight * L_detection + corrective * L_correction
+
+    L_generator    cross-entropy of masked tokens, over masked tokens            (section 3, "auxiliary model")
+    L_detection    binary, over all tokens but padding                           (eq. 2 of ELECTRA)
+    L_correction   cross-entropy of the original, over masked tokens, also where the draw was right
+
+The generator has the model's width and looks tokens up in the model's embedding, which its loss trains too. Nothing
+goes back through the drawing, nor from the model's losses into the generator. Both networks move in one step of one
+optimiser; the generator lies in the objective's checkpoints and is not needed afterwards.
+
+Shapes: B rows, T tokens, D width, V vocabulary, N masked tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from torchstone.errors import TorchstoneError
+from torchstone.keys import Key
+from torchstone.model.context import Context
+from torchstone.model.embedding import Embedding
+from torchstone.model.mask import BIDIRECTIONAL
+from torchstone.model.site import initialise
+from torchstone.model.tokens import Tokens
+from torchstone.model.transformer import TransformerSpec
+from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
+from torchstone.ops import at_least_float32, noise
+from torchstone.ops.cross_entropy import linear_cross_entropy
+from torchstone.spec import merge, validate
+
+__all__ = ["ReplacedToken", "ReplacedTokenSpec"]
+
+_IGNORE = -100
+
+
+class ReplacedTokenSpec(ObjectiveSpec):
+    """Tell tokens that a generator put in from those of the text, and name what stood there."""
+
+    paper: ClassVar[str] = "Clark et al. 2020, arXiv 2003.10555; Bajaj et al. 2022, arXiv 2204.06644"
+
+    rate: float = Field(0.15, gt=0, lt=1)
+    """Share of tokens masked."""
+    generator: dict[str, Any] = Field(default_factory=lambda: {"depth": 2})
+    """What the generator has otherwise than the model: a patch on the model's fields. Its width is the model's."""
+    sampling: Literal["zero_dropout", "train", "eval"] = "zero_dropout"
+    """Tokens are drawn from a generator without dropout, from the dropped predictions that it learns by, or from a
+    second pass without dropout."""
+    corruption: Literal["model", "uniform", "oracle"] = "model"
+    """Where tokens come from: the generator, the vocabulary at random, or the text itself."""
+    weight: float = Field(50.0, ge=0)
+    """Weight of detection."""
+    corrective: float = Field(1.0, ge=0)
+    """Weight of correction; 0 is ELECTRA."""
+
+    def build(self, facts: Facts) -> Objective:
+        if facts.mask is None or facts.vocabulary is None:
+            raise TorchstoneError("objective replaced_token: the tokenizer has no mask token")
+        if not isinstance(facts.model, TransformerSpec):
+            raise TorchstoneError("objective replaced_token: needs model transformer, whose shape the generator takes")
+        return ReplacedToken(self, facts, facts.model)
+
+
+class ReplacedToken(Objective):
+    """Batch: ids (B, T). `prepare` adds `masked` (B, T), `targets` (B, T), -100 elsewhere, and `draw` (B,), the key
+    that each row's tokens are drawn by.
+
+    Attributes:
+        generator: an encoder with the model's embedding and a head of its own; None where tokens come from elsewhere.
+        bias: (V,), of the corrective head, whose matrix is the embedding's.
+    """
+
+    def __init__(self, spec: ReplacedTokenSpec, facts: Facts, model: TransformerSpec) -> None:
+        super().__init__()
+        assert facts.vocabulary is not None
+        self.spec, self.facts = spec, facts
+        self.generator = _generator(spec, model) if spec.corruption == "model" else None
+        self.bias = nn.Parameter(torch.zeros(facts.vocabulary)) if spec.corrective else None
+
+    def check(self, model: nn.Module) -> None:
+        spec: Any = getattr(model, "spec", None)
+        if getattr(model, "decoder", None) is not None:
+            raise TorchstoneError("objective replaced_token: needs causal: false")
+        head: Any = getattr(spec, "head", None)
+        if getattr(head, "kind", None) != "token_classification" or head.classes != 1:
+            raise TorchstoneError(
+                "objective replaced_token: needs model.head: {kind: token_classification, classes: 1}, which says of "
+                "each token whether it is the original"
+            )
+        if self.bias is not None and spec.embedding.table_width(spec.width) != spec.width:
+            raise TorchstoneError("objective replaced_token: the corrective head needs embedding vectors of the width")
+
+    def prepare(self, batch: Batch, key: Key) -> Batch:
+        ids, generator = batch["ids"], key.fold("mask").generator()
+        chosen = torch.rand(ids.shape, generator=generator).to(ids.device) < self.spec.rate
+        for token in (self.facts.separator, self.facts.pad, self.facts.mask):
+            if token is not None:
+                chosen &= ids != token
+        if "valid" in batch:
+            chosen &= batch["valid"]
+        draw = torch.randint(-(2**62), 2**62, (len(ids),), generator=generator).to(ids.device)
+        masked = torch.where(chosen, self.facts.mask or 0, ids)
+        return {**batch, "masked": masked, "targets": torch.where(chosen, ids, _IGNORE), "draw": draw}
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        valid = batch["valid"].sum() if "valid" in batch else torch.tensor(batch["ids"].numel())
+        return {"targets": (batch["targets"] >= 0).sum(), "tokens": valid}
+
+    def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
+        return self._result(model, batch, key)[0]
+
+    def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
+        result, scores = self._result(model, batch, None)
+        return Result(result.terms, result.metrics, scores=scores)
+
+    def _result(self, model: Any, batch: Batch, key: Key | None) -> tuple[Result, Any]:
+        chosen, device = batch["targets"] >= 0, batch["ids"].device
+        terms, drawn_N = self._corrupted(model, batch, key)
+        corrupted = batch["ids"].masked_scatter(chosen, drawn_N)
+        out = model(tokens_of(batch, corrupted), mask=BIDIRECTIONAL, key=None if key is None else key.tensor(device))
+        original, valid = corrupted == batch["ids"], batch.get("valid", torch.ones_like(chosen))
+        scores_BT = out.logits[..., 0]
+        known, label = scores_BT[valid], original[valid]
+        known = at_least_float32(known)
+        detection = F.binary_cross_entropy_with_logits(known, label.to(known.dtype), reduction="sum")
+        terms["detection"] = Term(detection, "tokens", self.spec.weight)
+        if self.bias is not None:
+            nll = linear_cross_entropy(
+                out.hidden[chosen], model.embedding.table(), batch["targets"][chosen], bias_V=self.bias
+            )
+            terms["correction"] = Term(nll, "targets", self.spec.corrective)
+        replaced = ~original & valid
+        found = Result.of(terms, out.aux)
+        scores = {
+            "replaced": (replaced.sum(), chosen.sum()),
+            "detected": ((scores_BT < 0)[replaced].sum(), replaced.sum()),
+            "detection_accuracy": (((known > 0) == label).sum(), valid.sum()),
+        }
+        return Result(found.terms, {**found.metrics, **scores}), scores
+
+    def _corrupted(self, model: Any, batch: Batch, key: Key | None) -> tuple[dict[str, Term], torch.Tensor]:
+        """The generator's term, and a token in the place of each masked one (N,)."""
+        chosen = batch["targets"] >= 0
+        truth_N = batch["targets"][chosen]
+        row_N, at_N = chosen.nonzero(as_tuple=True)
+        key_N = noise.mix(batch["draw"][row_N], at_N)
+        V = self.facts.vocabulary or 1
+        if self.spec.corruption == "oracle":
+            return {}, truth_N
+        if self.generator is None:
+            return {}, (noise.uniform(key_N, 1)[:, 0] * V).long().clamp(max=V - 1)
+        generator: Any = self.generator
+        generator.embedding.lend(model.embedding)
+        dropped = None if key is None or self.spec.sampling == "zero_dropout" else key.fold("generator")
+
+        def head(key: Key | None) -> Any:
+            out = generator(
+                tokens_of(batch, batch["masked"]),
+                outputs="none",
+                mask=BIDIRECTIONAL,
+                key=None if key is None else key.tensor(chosen.device),
+            )
+            return generator.vocabulary_head().product(out.hidden[chosen], model.embedding.table())
+
+        learned = head(dropped)
+        nll = linear_cross_entropy(learned.h, learned.weight, truth_N, bias_V=learned.bias, softcap=learned.softcap)
+        with torch.no_grad():
+            product = head(None) if dropped is not None and self.spec.sampling == "eval" else learned
+            logits_NV = at_least_float32(product.h @ product.weight.T)
+            if product.bias is not None:
+                logits_NV = logits_NV + product.bias
+            drawn_N = (logits_NV + noise.gumbel(key_N, logits_NV.shape[1])).argmax(-1)
+        return {"generator": Term(nll, "targets")}, drawn_N
+
+
+class _Borrowed(Embedding):
+    """The embedding of another model, which trains it: without parameters of its own."""
+
+    def lend(self, lender: Embedding) -> None:
+        """Look up there from now on."""
+        self.__dict__["lender"] = lender
+
+    def table(self) -> torch.Tensor | None:
+        found: torch.Tensor | None = self.__dict__["lender"].table()
+        return found
+
+    def tokens(self, inputs: Any) -> Tokens:
+        found: Tokens = self.__dict__["lender"].tokens(inputs)
+        return found
+
+    def forward(
+        self,
+        inputs: Any,
+        tokens: Tokens,
+        added: torch.Tensor | None,
+        ctx: Context,
+        embeddings: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        found: torch.Tensor = self.__dict__["lender"](inputs, tokens, added, ctx, embeddings)
+        return found
+
+
+def _generator(spec: ReplacedTokenSpec, model: TransformerSpec) -> nn.Module:
+    """The generator, drawn from torch's generator as modules of an objective are.
+
+    Raises:
+        TorchstoneError: a patch that changes the width, or that fits no model.
+    """
+    own = {"head": {"kind": "mlm", "tied": True}, **spec.generator}
+    if own.get("width", model.width) != model.width:
+        raise TorchstoneError(
+            f"objective.generator.width: {own['width']}; with the model's embedding it is {model.width}"
+        )
+    made = validate(TransformerSpec, merge(model.dump(), own, TransformerSpec), "objective.generator")
+    built: Any = made.build()
+    built.embedding = _Borrowed()
+    generator: nn.Module = initialise(built, int(torch.randint(2**31 - 1, (1,))))
+    return generator
