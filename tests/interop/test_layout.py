@@ -67,6 +67,7 @@ ENCODER = {"vocab_size": 13, "encoder_embed_dim": 8, "encoder_attention_heads": 
 DECODER = {name.replace("encoder", "decoder"): value for name, value in ENCODER.items()}
 CONFIG["torchscale_encoder"], CONFIG["torchscale_decoder"] = ENCODER, DECODER
 CONFIG["torchscale_encoder_decoder"] = {**ENCODER, **DECODER, "share_all_embeddings": True}
+CONFIG["torchscale_beit3"] = {**ENCODER, "img_size": 8, "patch_size": 4, "multiway": True, "no_output_layer": True}
 CONFIG["torchscale_retnet"] = {
     **{name: value for name, value in DECODER.items() if "heads" not in name},
     **{"decoder_retention_heads": 2, "decoder_value_embed_dim": 12},

@@ -344,6 +344,7 @@ def test_nothing_in_the_source_writes_or_reads_pickle() -> None:
         if pattern.search(line)
         and not line.lstrip().startswith(("#", "Pickle"))
         and 'torch.load(self.path, map_location="cpu", weights_only=True' not in line  # tensors alone, of TorchScale
+        and "np.load(path, allow_pickle=False)" not in line  # arrays of images that a user brings
     ]
     assert found == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -80,6 +80,8 @@ def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(argument) for argument in get_args(annotation))
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is Literal:
         return " | ".join(map(str, get_args(annotation)))
     if annotation is type(None):
