@@ -368,14 +368,17 @@ def _digest(module: str) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this source, if it is a repository; with a plus if files of the package differ from it."""
+    """The commit of this source, if it is a repository; with a plus if files of the package, evidence aside, differ."""
     root = Path(__file__).parents[3]
     try:
         head = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--", "src"], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), "status", "--porcelain", "--", "src", ":!src/torchstone/papers/evidence"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
