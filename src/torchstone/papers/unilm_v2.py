@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,14 @@ EXACT = Claim(
         Number("places in one pass over those of two", low=0.55, high=0.58),
     ),
     run=_exact,
+    withdrawn="it asked for three blocks in every text, which the drawing does not promise; one text had two",
+)
+
+ONE_PASS = replace(
+    EXACT,
+    id="one-pass-for-two-tasks",
+    gates=tuple(gate for gate in EXACT.gates if gate.name != "blocks predicted, least"),
+    withdrawn=None,
 )
 
 PAPER = Paper(
@@ -138,5 +147,5 @@ PAPER = Paper(
     parts=("objective.pseudo_masked",),
     summary="Masked tokens are predicted all at once and block after block in one pass, through stand-ins at the "
     "places of the masked tokens and a mask made of roles.",
-    claims=(EXACT,),
+    claims=(EXACT, ONE_PASS),
 )
