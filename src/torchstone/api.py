@@ -17,7 +17,6 @@ from torchstone.model.stack.multi_token import predictors_of
 from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import Part, PartSpec, Spec, resolve, validate
 from torchstone.train.run import RunFolder, build_model, shape_of
-from torchstone.train.training import sizes_of
 from torchstone.train.training import train as _train
 
 if TYPE_CHECKING:
@@ -387,9 +386,6 @@ def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
 
         return sized(recipe)
     patch: dict[str, Any] = {}
-    if not hasattr(recipe.data, "block"):  # no tokens: sizes by other names, known to the data alone
-        known = sizes_of(recipe, recipe.data.prepare())
-        patch = {name: size for name, size in known.items() if getattr(recipe.model, name) is None}
     if getattr(recipe.model, "vocabulary", 0) is None:
         size = getattr(recipe.data, "vocabulary", None)
         if size is None:
