@@ -198,8 +198,7 @@ DEPTH = Claim(
             "post_again": _arm("post", 100),
             "bare_100": _arm("subln_bare", 100),
             "no_beta_100": _arm("deepnorm", 100, beta=1.0),
-            # reported beside, and no gate: TorchScale's decoder with deepnorm alone
-            "weighted_100": _arm("weighted", 100),
+            # TorchScale's decoder with deepnorm alone is no arm: at 100 layers its first values overflow float32
         },
         settings={
             "quick": Setting(seeds=1, control_seeds=1, patch={"trainer": {"steps": 10}}),
