@@ -184,6 +184,8 @@ def _train(
     say: Callable[[str], None],
 ) -> tuple[Arm, ...]:
     recipe = _with(arms.recipe, setting.patch)
+    for module in arms.imports:
+        importlib.import_module(module)
     variants = [from_patch(name, recipe, dict(arms.patches[name])) for name in names]
     options = Options(seeds=seeds, jobs=jobs, tune=setting.tune, imports=arms.imports)
     made = train_variants(variants, out, options, say)
