@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from torchstone.errors import TorchstoneError
+from torchstone.errors import TorchstoneError, nearest
 from torchstone.model import ModelSpec
 from torchstone.model.measure import energy, measure
 from torchstone.model.stack.multi_token import predictors_of
@@ -365,6 +366,21 @@ def _is_preset(name: str) -> bool:
     return name in presets() and name not in builtin_recipes() and not Path(name).exists()
 
 
+def _check_name(name: str) -> None:
+    """Refuse a bare word that names neither a recipe nor a preset, with the presets that have it in their names."""
+    from torchstone.interop.presets import presets
+    from torchstone.recipe import builtin_recipes
+
+    recipes = builtin_recipes()
+    if not re.fullmatch(r"[\w.-]+", name) or name in recipes or Path(name).suffix in (".yaml", ".yml", ".json"):
+        return
+    if Path(name).exists():
+        return
+    near = [preset for preset in presets() if name.lower() in preset]
+    found = f"; presets: {', '.join(near)}" if near else nearest(name, [*recipes, *presets()])
+    raise TorchstoneError(f"no recipe, run or preset {name!r}{found}; or give a YAML file")
+
+
 def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
     if isinstance(what, str | Path) and Path(what).is_dir():
         recipe = RunFolder(what).require().recipe
@@ -380,6 +396,8 @@ def _recipe_of(what: Any, overrides: Iterable[Any]) -> Recipe:
             document["objective"] = {"kind": "masked_lm"}
         recipe = load_recipe(document, overrides)
     else:
+        if isinstance(what, str):
+            _check_name(what)
         recipe = load_recipe(what, overrides, start=lambda run: RunFolder(run).start())
     if recipe.data.example != "tokens":
         from torchstone.compare.cell import sized
