@@ -120,7 +120,8 @@ def test_a_file_that_is_no_recipe(refused: Callable[..., str], tmp_path: Path, c
 
 
 def test_a_recipe_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "no recipe 'quikstart' (did you mean 'quickstart'?)" in refused("train", "quikstart", "--out", tmp_path / "new")
+    misspelt = "no recipe 'quikstart' (did you mean 'quickstart'?)"
+    assert misspelt in refused("train", "quikstart", "--out", tmp_path / "new")
     assert "no recipe, run or preset 'quikstart' (did you mean 'quickstart'?)" in refused("inspect", "quikstart")
     assert "no recipe, run or preset 'retnet'; presets: retnet-13b, " in refused("inspect", "retnet")
     assert "No such file" in refused("inspect", tmp_path / "none.yaml")
