@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from distributed import run_ranks
+from objective_cases import objective_cases
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Facts, tokens_of
@@ -21,34 +22,18 @@ from torchstone.spec import kinds, resolve
 from torchstone.train.engine import Trainer
 from torchstone.train.mesh import Mesh
 
-SECTIONS: dict[str, dict[str, Any]] = {
-    "causal_lm": {"model": {**tiny.MODEL, "depth": 2, "attention": {"heads": 2, "bias": "all"}}},
-    "multi_token": {
-        "model": {**tiny.MODEL, "depth": 2, "stack": {"kind": "multi_token", "predictors": 2}},
-        "objective": {"kind": "multi_token"},
-    },
-    "masked_lm": {**tiny.MASKED, "model": {**tiny.MASKED["model"], "depth": 2, "norm": "layernorm"}},
-    "classification": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"smoothing": 0.1}},
-    "minilm_v2": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"relations": ["qq", "kv", "vv"]}},
-    "pseudo_masked": {**tiny.MASKED, "objective": {"kind": "pseudo_masked", "rate": 0.4}},
-    "replaced_token": {
-        "model": {
-            **tiny.MODEL,
-            "depth": 2,
-            "causal": False,
-            "head": {"kind": "token_classification", "classes": 1},
-        },
-        "objective": {"kind": "replaced_token", "generator": {"depth": 1}, "rate": 0.4},
-    },
-    "dpo": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"beta": 0.5}},
-}
+CASES = {kind: case for kind, case in objective_cases().items() if case.gradient is not None}
 Gradients = dict[str, torch.Tensor]
 
 
+def asked(test: str) -> list[str]:
+    """Objectives that a test makes sense for."""
+    return [kind for kind, case in CASES.items() if test not in case.exempt]
+
+
 def recipe_of(objective: str, folder: Path, **model: Any) -> dict[str, Any]:
-    sections = {**SECTIONS[objective], "model": {**SECTIONS[objective]["model"], **model}}
-    makers = {"dpo": tiny.preferences, "classification": tiny.labelled, "minilm_v2": tiny.distilled}
-    return makers.get(objective, tiny.recipe)(folder, **sections)
+    make, sections = CASES[objective].gradient  # type: ignore[misc]
+    return make(folder, **{**sections, "model": {**sections["model"], **model}})
 
 
 def trainer_of(objective: str, folder: Path, **fields: Any) -> Trainer:
@@ -99,7 +84,7 @@ def assert_same(found: tuple[Gradients, float], wanted: tuple[Gradients, float])
 def of_two_ranks(mesh: Mesh, folder: Path) -> dict[str, Any]:
     """What one of two ranks finds; see the tests below."""
     found: dict[str, Any] = {}
-    for name in SECTIONS:
+    for name in CASES:
         trainer = trainer_of(name, folder, mesh=mesh)
         found[name] = gradients(trainer, [pieces(ragged(trainer), 1, 5)[mesh.rank]])
         found[f"{name} valid"] = trainer.measure_split(trainer.source.valid, "valid")
@@ -112,7 +97,7 @@ def of_two_ranks(mesh: Mesh, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.getbasetemp()
-    for name in SECTIONS:
+    for name in CASES:
         tiny.resolved(recipe_of(name, folder))  # the cache is there before the ranks start
     return run_ranks(of_two_ranks, 2, folder)
 
@@ -125,18 +110,18 @@ def _float64(float64: None) -> Iterator[None]:
 def test_every_objective_over_tokens_is_checked_here() -> None:
     """Those over other examples are in the tests of their domain."""
     over_tokens = {kind for kind in kinds("objective") if resolve("objective", kind).example in ("tokens", None)}  # type: ignore[attr-defined]
-    assert over_tokens == set(SECTIONS)
+    assert over_tokens == set(CASES)
 
 
 @pytest.mark.parametrize("sizes", [(6,), (1, 5), (2, 1, 3), (1, 1, 1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("objective", SECTIONS)
+@pytest.mark.parametrize("objective", CASES)
 def test_one_batch_equals_unequal_micro_batches(objective: str, sizes: tuple[int, ...], folder: Path) -> None:
     trainer = trainer_of(objective, folder)
     batch = ragged(trainer)
     assert_same(gradients(trainer, pieces(batch, *sizes)), gradients(trainer, [batch]))
 
 
-@pytest.mark.parametrize("objective", SECTIONS)
+@pytest.mark.parametrize("objective", CASES)
 def test_two_ranks_with_unequal_rows_equal_one_batch(
     objective: str, folder: Path, two_ranks: list[dict[str, Any]]
 ) -> None:
@@ -146,7 +131,7 @@ def test_two_ranks_with_unequal_rows_equal_one_batch(
         assert_same(rank[objective], whole)
 
 
-@pytest.mark.parametrize("objective", SECTIONS)
+@pytest.mark.parametrize("objective", CASES)
 def test_two_ranks_train_as_one_rank_with_two_micro_batches(
     objective: str, folder: Path, two_ranks: list[dict[str, Any]]
 ) -> None:
@@ -159,7 +144,7 @@ def test_two_ranks_train_as_one_rank_with_two_micro_batches(
         assert rank[f"{objective} trained"] == pytest.approx(losses, rel=1e-10)
 
 
-@pytest.mark.parametrize("objective", SECTIONS)
+@pytest.mark.parametrize("objective", CASES)
 def test_two_ranks_validate_as_one_also_with_fewer_batches_than_ranks(
     objective: str, folder: Path, two_ranks: list[dict[str, Any]]
 ) -> None:
@@ -171,8 +156,7 @@ def test_two_ranks_validate_as_one_also_with_fewer_batches_than_ranks(
             assert rank[f"{objective} {name}"] == pytest.approx(alone, rel=1e-10)
 
 
-# predictors attend to hidden states of positions without a target, as layers do; a student of relations has no target
-@pytest.mark.parametrize("objective", [name for name in SECTIONS if name not in ("multi_token", "minilm_v2")])
+@pytest.mark.parametrize("objective", asked("nan"))
 def test_not_a_number_in_rows_without_target_changes_nothing(objective: str, folder: Path) -> None:
     trainer = trainer_of(objective, folder)
     batch = ragged(trainer)
@@ -201,8 +185,7 @@ def test_not_a_number_in_rows_without_target_changes_no_single_likelihood(folder
     assert torch.equal(trainer.objective.evaluate(trainer.model, batch).nll_BT, clean)
 
 
-# of every token it is asked whether it is the original, and of every token how it relates to others
-@pytest.mark.parametrize("objective", [name for name in SECTIONS if name not in ("minilm_v2", "replaced_token")])
+@pytest.mark.parametrize("objective", asked("no_targets"))
 def test_a_batch_without_any_target_has_no_gradient_and_no_loss(objective: str, folder: Path) -> None:
     trainer = trainer_of(objective, folder)
     batch = ragged(trainer)

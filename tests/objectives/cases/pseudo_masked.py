@@ -1,0 +1,6 @@
+"""Pseudo-masked language modelling in what is asked of all objectives."""
+
+import tiny
+
+GOLDEN = {"model": {"causal": False, "head": {"kind": "mlm"}, "position": "t5"}}
+GRADIENT = tiny.recipe, {**tiny.MASKED, "objective": {"kind": "pseudo_masked", "rate": 0.4}}

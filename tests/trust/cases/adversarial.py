@@ -1,0 +1,9 @@
+"""Adversarial training in what is asked of all objectives; pieces of a batch are in test_adversarial_training.py."""
+
+from golden.batches import Images
+
+BATCHES = Images
+GOLDEN = {
+    "model": {"kind": "mlp", "classes": 2, "channels": 2, "image": 8, "hidden": [16, 8], "rejection": {}},
+    "data": {"kind": "images", "path": "none"},
+}
