@@ -4,7 +4,7 @@ STEPS =
 # Two worker processes with one thread each use two cores better than one process with two threads.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-all lint types layers check golden papers evidence-check evidence-confirm bench clean
+.PHONY: help run test test-all lint types layers check golden pages evidence-check evidence-confirm bench clean
 
 help:
 	@echo 'make run [STEPS=20]  set up, train a small model on real text, show its learning curve, write text with it'
@@ -15,7 +15,7 @@ help:
 	@echo 'make layers          check which package imports which'
 	@echo 'make check           lint, types and layers'
 	@echo 'make golden          write the golden losses anew'
-	@echo 'make papers          write the pages and the table of papers from their evidence'
+	@echo 'make pages           write the pages of parts and papers, and the table of papers, anew'
 	@echo 'make evidence-confirm keep evidence whose sources changed and whose numbers did not (SLUG=tim)'
 	@echo 'make evidence-check  run drawn pieces of evidence again and compare (CELLS=2)'
 	@echo 'make bench           measure speed beside other libraries'
@@ -52,9 +52,10 @@ golden:
 	@sh scripts/setup.sh test
 	TORCHSTONE_GOLDEN=write OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/golden
 
-papers:
+pages:
 	@sh scripts/setup.sh test
 	.venv/bin/python scripts/papers_pages.py
+	.venv/bin/python scripts/parts_page.py
 
 CELLS = 2
 evidence-check:

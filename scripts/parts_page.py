@@ -6,6 +6,7 @@ python scripts/parts_page.py --check    # status 1 if the page is not up to date
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,17 @@ def ours(family: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def page() -> str:
-    """The whole document."""
+def listed(text: str) -> set[tuple[str, str]]:
+    """Family and kind of every part that a page has."""
+    return set(re.findall(r"^### (\w+): (\w+)$", text, re.MULTILINE))
+
+
+def page(only: set[tuple[str, str]] | None = None) -> str:
+    """The whole document; with `only`, that of these parts."""
     text, family = [HEADING], ""
     for entry in ours():
+        if only is not None and (entry["family"], entry["kind"]) not in only:
+            continue
         if entry["family"] != family:
             family = entry["family"]
             root = family_root(family)

@@ -22,7 +22,6 @@ from torchstone.recipe import Recipe, builtin_recipes, load_recipe
 from torchstone.spec import FAMILIES, kinds
 
 Cli = Callable[..., Any]
-GLOSSARY = Path(__file__).parents[2] / "docs" / "glossary.md"
 
 
 def test_the_command_and_the_module_are_the_same() -> None:
@@ -199,12 +198,6 @@ def test_a_copied_run_is_self_contained(cli: Cli, home: Path, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "moved" / "state")
     assert cli("generate", tmp_path / "moved", "--prompt", "a", "--max-new-tokens", "2").status == 0
     assert cli("inspect", tmp_path / "moved", "--json").status == 0
-
-
-@pytest.mark.skipif(not GLOSSARY.exists(), reason="docs/glossary.md is not there yet")
-@pytest.mark.parametrize("word", sorted({*get_command(app).commands, *Recipe.model_fields}))
-def test_the_glossary_has_every_verb_and_top_level_key(word: str) -> None:
-    assert f"`{word}`" in GLOSSARY.read_text() or f"**{word}**" in GLOSSARY.read_text()
 
 
 def test_commands_change_nothing_that_they_only_read(cli: Cli, home: Path) -> None:

@@ -177,36 +177,14 @@ def run(todo: list[dict[str, object]], folder: Path) -> subprocess.CompletedProc
     )
 
 
-LONG = {
-    "add-a-part.md",
-    "adversarial.md",
-    "anti-distillation.md",
-    "api.md",
-    "bitnet.md",
-    "code.md",
-    "compare.md",
-    "evaluate.md",
-    "fine-tuning.md",
-    "getting-started.md",
-    "harvest.md",
-    "hugging-face.md",
-    "knowledge-neurons.md",
-    "longmem.md",
-    "multi-token-prediction.md",
-    "preferences.md",
-    "scaling.md",
-    "recipes.md",
-    "reproduce.md",
-    "structured-prompting.md",
-    "torchscale.md",
-}
-"""Documents whose blocks take more than some seconds each."""
+LONG = "<!-- slow: "
+"""How a document says, at its beginning, that its blocks take more than some seconds each, and why."""
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] if path.name in LONG else [])
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] if LONG in path.read_text() else [])
         for path in DOCUMENTS
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,12 @@ def page(paper: Paper) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def table() -> str:
-    """The README's table of papers, with counts of what was found in its heading."""
+def table(only: Collection[str] | None = None) -> str:
+    """The README's table of papers, all or `only` these, with counts of what was found in its heading."""
     rows, counts, effects = [], Counter[str](), 0
     for slug in slugs():
+        if only is not None and slug not in only:
+            continue
         paper, kept = find_paper(slug), read_evidence(slug)
         states = [(claim, status(claim, kept.get(claim.id))) for claim in paper.claims]
         counts.update(state for _, state in states)
