@@ -112,6 +112,7 @@ MORE: dict[str, dict[str, Any]] = {
     "schedule.multi_step": {"at": (0.3, 0.6)},
     "schedule.wsd": {"decay": 0.7},
     "optimizer": {"lr": 0.02},
+    "objective.frequency_adversary": {"popular": 10, "weight": 0.5},
 }
 """Fields that make a kind show within ten steps."""
 
@@ -205,6 +206,7 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
         VOCABULARY, 0, 1, 2, 2, "none",
         lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
         recipe.model,
+        lambda: torch.arange(VOCABULARY),
     )  # fmt: skip
     own = recipe.objective.kind in ("classification", "replaced_token")
     classifies = head_of(recipe).endswith("classification") and not own

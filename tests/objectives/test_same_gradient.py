@@ -27,6 +27,10 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "model": {**tiny.MODEL, "depth": 2, "stack": {"kind": "multi_token", "predictors": 2}},
         "objective": {"kind": "multi_token"},
     },
+    "frequency_adversary": {
+        "model": {**tiny.MODEL, "depth": 2},
+        "objective": {"kind": "frequency_adversary", "popular": 9, "weight": 0.5},
+    },
     "masked_lm": {**tiny.MASKED, "model": {**tiny.MASKED["model"], "depth": 2, "norm": "layernorm"}},
     "classification": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"smoothing": 0.1}},
     "minilm_v2": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"relations": ["qq", "kv", "vv"]}},
@@ -201,8 +205,11 @@ def test_not_a_number_in_rows_without_target_changes_no_single_likelihood(folder
     assert torch.equal(trainer.objective.evaluate(trainer.model, batch).nll_BT, clean)
 
 
-# of every token it is asked whether it is the original, and of every token how it relates to others
-@pytest.mark.parametrize("objective", [name for name in SECTIONS if name not in ("minilm_v2", "replaced_token")])
+# of every token it is asked whether it is the original, how it relates to others, or how often it is used
+WITHOUT_TARGETS = ("minilm_v2", "replaced_token", "frequency_adversary")
+
+
+@pytest.mark.parametrize("objective", [name for name in SECTIONS if name not in WITHOUT_TARGETS])
 def test_a_batch_without_any_target_has_no_gradient_and_no_loss(objective: str, folder: Path) -> None:
     trainer = trainer_of(objective, folder)
     batch = ragged(trainer)
