@@ -26,7 +26,6 @@ from torchstone.objectives.frequency_adversary import (
 )
 from torchstone.recipe import load_recipe
 from torchstone.train import train
-from torchstone.train.checkpoint import load_tensors
 from torchstone.train.memory import training_memory
 from torchstone.train.training import facts_of
 
@@ -241,7 +240,7 @@ def test_moments_by_their_definition_and_of_sets(folder: Path) -> None:
     made = trainer(folder, match="moments", weight=0.3)
     own = made.objective
     assert own.judge is None and not own.state_dict()
-    term, scores = own.compare(made.model)
+    term, _scores = own.compare(made.model)
     sides, found = own.sides_V, table(made).detach().double()
     assert term.weight == 0.3
     expected = moment_distance(found[sides == 0], found[sides == 1]).item()

@@ -20,6 +20,7 @@ Shapes: V tokens, E width of the table.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -98,7 +99,7 @@ class FrequencyAdversary(Objective):
         if spec.match == "discriminator":
             sizes = [width, *([spec.hidden] if spec.hidden else []), 2]
             layers: list[nn.Module] = []
-            for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            for fan_in, fan_out in itertools.pairwise(sizes):
                 layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
             self.judge = nn.Sequential(*layers[:-1])
             for name, value in self.judge.named_parameters():
@@ -178,9 +179,7 @@ def sides_of(count_V: torch.Tensor, popular: int, special: list[int], vocabulary
         side_V[vocabulary:] = _NEITHER
     words = int((side_V == _RARE).sum())
     if popular >= words:
-        raise TorchstoneError(
-            f"objective frequency_adversary: popular is {popular:,}, which leaves none of {words:,} tokens rare"
-        )
+        raise TorchstoneError(f"popular is {popular:,}, which leaves none of {words:,} tokens rare")
     order_V = count_V.masked_fill(side_V == _NEITHER, -1).argsort(descending=True, stable=True)
     side_V[order_V[:popular]] = _POPULAR
     return side_V
