@@ -187,6 +187,7 @@ LONG = {
     "compare.md",
     "evaluate.md",
     "fine-tuning.md",
+    "frequency-agnostic.md",
     "getting-started.md",
     "harvest.md",
     "hugging-face.md",
