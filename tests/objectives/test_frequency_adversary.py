@@ -1,4 +1,4 @@
-"""FRAGE: the game by its definition, each side's own gradient, nothing at weight 0, sides by counts, moments, resume."""
+"""FRAGE: the game by its definition, each side's own gradient, nothing at weight 0, sides by counts, moments."""
 
 from __future__ import annotations
 
@@ -285,5 +285,5 @@ def test_what_does_not_fit_is_one_sentence(folder: Path) -> None:
         FrequencyAdversarySpec().build(Facts(30, frequencies=lambda: torch.zeros(30)))
     made = trainer(folder)
     assert isinstance(made.objective, FrequencyAdversary)
-    with pytest.raises(TorchstoneError, match="needs model.causal: true"):
+    with pytest.raises(TorchstoneError, match=r"needs model\.causal: true"):
         made.objective.check(trainer(folder, {"model": tiny.MASKED["model"]}, task=tiny.MASKED["objective"]).model)

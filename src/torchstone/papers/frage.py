@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torchstone.model.transformer import TransformerSpec
 from torchstone.objectives import Facts, Objective
 from torchstone.objectives.causal_lm import CausalLMSpec
 from torchstone.objectives.frequency_adversary import (
+    FrequencyAdversary,
     FrequencyAdversarySpec,
     balanced_loss,
     moment_distance,
@@ -48,7 +49,7 @@ def _exact(scale: Scale, first: int) -> Measured:
         spec = validate(TransformerSpec, {"width": 16, "depth": 1, "vocabulary": V, "attention": {"heads": 2}})
         model: Any = initialise(spec.build(), seed).double()
         count_V = torch.randint(0, 1000, (V,), generator=generator)
-        facts = Facts(V, 0, 1, 2, model=spec, frequencies=lambda count_V=count_V: count_V)
+        facts = Facts(V, 0, 1, 2, model=spec, frequencies=functools.partial(torch.clone, count_V))
         batch = {"ids": torch.randint(3, V, (2, 12), generator=generator)}
         batch["next"] = batch["ids"].roll(-1, 1)
         own: Any = FrequencyAdversarySpec(popular=60, weight=0.1, disc_lr=0.5).build(facts).double()
@@ -63,7 +64,7 @@ def _exact(scale: Scale, first: int) -> Measured:
         F.cross_entropy(other(table_VE.detach()[there]), labels, shares).backward()
         descent.step()
         own.before_step(model, 0)
-        worst("the discriminator's step, off by", float((own.judge[0].weight - other.weight).abs().max()))
+        worst("the discriminator's step, off by", float((own.judge[0].weight - other.weight.detach()).abs().max()))
         slopes = [p.grad for p in model.parameters() if p.grad is not None]
         worst("gradients that it leaves on the model", len(slopes))
 
@@ -207,9 +208,8 @@ _TUNED, _AGAIN = 50_000, 100_000
 
 def _trained(size: _Size, seed: int, lr: float, **objective: Any) -> dict[str, float]:
     """What one training ends with; the plain arm is the game of weight 0, which is plain training to the bit."""
-    model = {"width": size.width, "depth": 1, "attention": {"heads": 2}}
     recipe = {
-        "model": model,
+        "model": {"width": size.width, "depth": 1, "attention": {"heads": 2}},
         "data": {"kind": "planted_frequencies", "seed": seed, "texts": size.texts},
         "objective": {"kind": "frequency_adversary", "popular": _CLASSES, **objective},
         "optimizer": {"lr": lr},
@@ -217,7 +217,8 @@ def _trained(size: _Size, seed: int, lr: float, **objective: Any) -> dict[str, f
     }
     trainer, _ = make_trainer(load_recipe(recipe, [{"trainer": {"seed": seed}}]))
     row = {name: value for each in trainer.fit() for name, value in each.items()}
-    table, sides = trainer.model.embedding.table(), trainer.objective.sides_V  # type: ignore[operator, union-attr]
+    model, own = cast(Any, trainer.model), cast(FrequencyAdversary, trainer.objective)
+    table, sides = model.embedding.table(), own.sides_V
     rare = (sides == 1).nonzero()[:, 0]
     same = _CLASS_V[nearest_popular(table, sides)] == _CLASS_V[rare]
     return {
