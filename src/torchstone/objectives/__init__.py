@@ -41,6 +41,7 @@ class Facts:
         init_from: the run that training starts from, None where there is none.
         load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
         model: spec of the model that is trained, for an objective with a network like it.
+        frequencies: gives how often each token is in the training split, int64 (V,); None where there are no tokens.
     """
 
     vocabulary: int | None = None
@@ -51,6 +52,7 @@ class Facts:
     init_from: str | None = None
     load: Callable[[str], nn.Module] | None = None
     model: Any = None
+    frequencies: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Objective(nn.Module):
         Raises:
             TorchstoneError: says what the model lacks.
         """
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Before the first micro-batch of a step, on every rank: what learns by a rule of its own, such as the other
+        side of a game, learns here from the model as it is. Such weights take no gradient."""
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
         """The batch with whatever is drawn or derived before a model sees it."""

@@ -266,6 +266,7 @@ class Trainer:
         set_factor(self.optim, factor)
         for module in self._before:
             module.before_step(self.step)
+        self.objective.before_step(self.model, self.step)
         batches = self.micro_batches(self.step)
         row: dict[str, Any] = self.gradients(batches, self.step)
         parameters = [p.value for p in self.named]
