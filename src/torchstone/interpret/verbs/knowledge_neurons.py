@@ -1,4 +1,4 @@
-"""The verbs of the wing: ``torchstone interpret ...``. Each imports what it needs when it runs."""
+"""``torchstone interpret knowledge-neurons``."""
 
 from __future__ import annotations
 
@@ -8,33 +8,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
-
-app = typer.Typer(no_args_is_help=True, help="What a trained model does inside.")
+__all__ = ["main"]
 
 
-@app.callback()
-def _group() -> None:
-    """A group, also while it has one verb."""
-
-
-@app.command("frequency")
-def frequency(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
-    popular: Annotated[int | None, typer.Option(min=1, help="Tokens that are popular; a fifth of all if left.")] = None,
-    words: Annotated[int, typer.Option(min=0, help="Rare tokens to show with their neighbours.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")] = False,
-) -> None:
-    """Say how well a table of embeddings tells rare tokens from popular ones."""
-    from torchstone.interpret.frequency import examine, text_of
-    from torchstone.train.run import RunFolder
-
-    report = examine(RunFolder(run), popular=popular, words=words)
-    print(json.dumps(report) if as_json else text_of(report))
-
-
-@app.command("knowledge-neurons")
-def knowledge_neurons(
+def main(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     facts: Annotated[
         Path, typer.Option("--facts", help="JSON: {relation: {fact: [[prompt, answer, relation], ...]}}, as ParaRel.")

@@ -1,4 +1,4 @@
-"""``torchstone knowledge-graph``. Each command imports what it needs when it runs, so that help answers at once."""
+"""``torchstone knowledge-graph rank``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Knowledge graphs: ask a trained run for the missing end of a triple.")
+__all__ = ["main"]
 
 
-@app.callback()
-def _group() -> None:
-    """A group also while it has one command."""
-
-
-@app.command()
-def rank(
+def main(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     relation: Annotated[str, typer.Option("--relation", help="Name of the relation.")],
     head: Annotated[str | None, typer.Option("--head", help="Name of the head: tails are ranked.")] = None,

@@ -1,4 +1,4 @@
-"""The verbs of the wing: ``torchstone trust ...``. Each imports what it needs when it runs."""
+"""``torchstone trust evaluate``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app"]
-
-app = typer.Typer(no_args_is_help=True, help="Attacks on trained classifiers, and what they leave to be trusted.")
+__all__ = ["main"]
 
 
-@app.callback()
-def _group() -> None:
-    """A group, also while it has one verb."""
-
-
-@app.command()
-def evaluate(
+def main(
     run: Annotated[Path, typer.Argument(help="A run directory of a classifier of images.")],
     attack: Annotated[str, typer.Option(help="Some of pgd, adaptive-pgd, multi-target, cw, with commas.")] = "pgd",
     out: Annotated[Path | None, typer.Option("--out", help="A folder for trust.json.")] = None,

@@ -1,0 +1,1 @@
+"""Attacks on trained classifiers, and what they leave to be trusted."""
