@@ -1,6 +1,6 @@
 """Groups of verbs that wings bring: each file of a folder ``verbs`` is one, and the folder's docstring is their help.
 
-``interpret/verbs/knowledge_neurons.py`` is ``torchstone interpret knowledge-neurons``: its function `main` is a command of
+``interpret/verbs/frequency.py`` is ``torchstone interpret frequency``: its function `main` is a command of
 typer, and imports what it needs when it runs, so that help answers at once.
 """
 
