@@ -26,7 +26,7 @@ from torchstone.train.run import build_model
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS, ROWS, BLOCK, VOCABULARY = 10, 4, 12, 41
-ELSEWHERE = {"corpus", "data", "tokenizer", "model", "adapt", "noise"}
+ELSEWHERE = {"corpus", "data", "tokenizer", "model", "adapt", "noise", "reward"}
 """Families that a loss does not show: data has tests of its own, and the model is the Transformer of all cases."""
 
 
@@ -80,6 +80,19 @@ class Pairs(Tokens):
         both = torch.stack([chosen, torch.where(torch.arange(BLOCK + 1) < BLOCK // 2, chosen, rejected)], 1)
         after = torch.where(torch.arange(BLOCK) < BLOCK // 2 - 1, -100, both[..., 1:])
         return {"ids": both[..., :-1].contiguous(), "next": after, "valid": torch.ones_like(after, dtype=torch.bool)}
+
+
+class Prompts(Tokens):
+    """The beginnings of the same text, which a policy goes on from; it also is the tokenizer: ids are letters."""
+
+    separator, pad = 0, 1
+
+    def batch(self, key: Key, step: int, size: int, *rest: int) -> Batch:
+        ids = super().batch(key, step, size)["ids"][:, :4].contiguous()
+        return {"ids": ids, "valid": torch.ones_like(ids, dtype=torch.bool), "example": torch.arange(size)}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(96 + token) for token in ids)
 
 
 class Triples(Tokens):
@@ -144,6 +157,11 @@ def cases() -> dict[str, dict[str, Any]]:
     made["objective.pseudo_masked"]["model"] = {**encoder, "position": "t5"}
     made["head.mlm"]["objective"] = {"kind": "masked_lm"}
     made["objective.dpo"] |= {"data": {"kind": "preferences", "path": "none"}, "init_from": "none"}
+    letters = {"kind": "language", "alphabet": "abcdefghijklmno", "weight": -1.0}
+    made["objective.policy_gradient"] |= {"data": {"kind": "prompts", "path": "none"}}
+    made["objective.policy_gradient"]["objective"] |= {
+        "rewards": [letters], "sampling": {"max_new_tokens": 4}, "advantage": "none", "truncated": "keep"
+    }  # fmt: skip
     made["objective.link_prediction"] |= {
         "model": {"kind": "house", "entities": 13, "relations": 3, "dim": 12, "block": 3, "projections": 2},
         "data": {"kind": "triples", "path": "none"},
@@ -194,6 +212,8 @@ def head_of(recipe: Recipe) -> str:
 def batches_of(recipe: Recipe) -> Tokens:
     if recipe.data.example != "tokens":
         return Triples() if recipe.data.example == "triples" else Labelled()
+    if recipe.data.kind == "prompts":
+        return Prompts()
     return Pairs() if recipe.data.paired else Tokens() if recipe.model.embedding.of_tokens else Pictures()  # type: ignore[attr-defined]
 
 
@@ -204,7 +224,7 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
     facts = Facts(
         VOCABULARY, 0, 1, 2, 2, "none",
         lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
-        recipe.model,
+        recipe.model, Prompts(), {n: {} for n in range(ROWS)},
     )  # fmt: skip
     own = recipe.objective.kind in ("classification", "replaced_token")
     classifies = head_of(recipe).endswith("classification") and not own

@@ -41,13 +41,19 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "objective": {"kind": "replaced_token", "generator": {"depth": 1}, "rate": 0.4},
     },
     "dpo": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"beta": 0.5}},
+    "policy_gradient": {"model": {**tiny.MODEL, "depth": 2}, "objective": {"group": 2}},
 }
 Gradients = dict[str, torch.Tensor]
 
 
 def recipe_of(objective: str, folder: Path, **model: Any) -> dict[str, Any]:
     sections = {**SECTIONS[objective], "model": {**SECTIONS[objective]["model"], **model}}
-    makers = {"dpo": tiny.preferences, "classification": tiny.labelled, "minilm_v2": tiny.distilled}
+    makers = {
+        "dpo": tiny.preferences,
+        "classification": tiny.labelled,
+        "minilm_v2": tiny.distilled,
+        "policy_gradient": tiny.prompted,
+    }
     return makers.get(objective, tiny.recipe)(folder, **sections)
 
 
@@ -63,8 +69,11 @@ def targets_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def ragged(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A prepared batch of six rows with very different numbers of targets, one row with none."""
-    batch = trainer.source.train.batch(Key(3), 0, 6)
+    group = getattr(getattr(trainer.objective, "spec", None), "group", 1)
+    batch = trainer.source.train.batch(Key(3), 0, 6 // group)
     batch = trainer.objective.prepare(batch, Key(4))
+    with torch.no_grad():
+        batch = trainer.objective.collect(trainer.model, batch, Key(5))
     targets = targets_of(batch)
     for row, kept in enumerate((0, 1, 16, 3, 16, 9)):
         if targets.dim() > 1:

@@ -89,8 +89,8 @@ class PolicyGradientSpec(ObjectiveSpec):
     """What is done about log-probabilities of a sampler that are not the policy's own."""
     cap: float = Field(3.0, gt=1, le=1000)
     """Largest weight of that correction."""
-    truncated: Literal["zero", "mask"] = "zero"
-    """An answer without an end has the reward 0, or counts as one that cannot be scored."""
+    truncated: Literal["zero", "mask", "keep"] = "zero"
+    """An answer without an end has the reward 0, counts as one that cannot be scored, or keeps what rules gave it."""
 
     def build(self, facts: Facts) -> Objective:
         run = self.kl.reference or facts.init_from
@@ -227,7 +227,7 @@ class PolicyGradient(WithReference):
         return batch
 
     def _reward(self, trajectory: Trajectory) -> float | None:
-        if not trajectory.truncated:
+        if not trajectory.truncated or self.spec.truncated == "keep":
             return trajectory.reward
         return 0.0 if self.spec.truncated == "zero" else None
 
