@@ -244,10 +244,11 @@ class PolicyGradient(WithReference):
     # -- the loss
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        tokens = batch["valid"].sum() if "valid" in batch else torch.tensor(batch["ids"].numel())
         if "next" not in batch:  # prompts that are to be answered for measuring
-            return {"rows": torch.tensor(len(batch["ids"])), "tokens": batch["valid"].sum()}
+            return {"rows": torch.tensor(len(batch["ids"])), "tokens": tokens}
         targets_RT = batch["next"] >= 0
-        return {"targets": targets_RT.sum(), "rows": targets_RT.any(1).sum(), "tokens": batch["valid"].sum()}
+        return {"targets": targets_RT.sum(), "rows": targets_RT.any(1).sum(), "tokens": tokens}
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
         where_RT = batch["next"] >= 0
