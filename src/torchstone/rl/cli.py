@@ -1,0 +1,98 @@
+"""The verbs of the wing: ``torchstone rl ...``. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Answers of policies: sample, score, replay, keep the good ones.")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
+
+
+def _print(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    flat = {**found, **{f"reward {name}": value for name, value in found.get("rewards", {}).items()}}
+    for name, value in flat.items():
+        if not isinstance(value, dict):
+            print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+@app.command("sample")
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run directory: whose model answers.")],
+    prompts: Annotated[Path, typer.Argument(help="JSON lines with a field for the prompt.")],
+    out: Annotated[Path, typer.Option("--out", help="File of trajectories, JSON lines.")],
+    n: Annotated[int, typer.Option("--n", help="Answers to each prompt.")] = 8,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", help="A rule: a kind, or YAML; else those of the run's training.")
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="The field that holds the prompt.")] = None,
+    template: Annotated[str | None, typer.Option(help="Text around a prompt, which stands at {prompt}.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts, at most.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer, at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Scores are divided by it.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest best tokens that hold this.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k best tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Answer prompts several times, score the answers and write them down."""
+    from torchstone.rl.dumps import sample as work
+    from torchstone.train.run import RunFolder
+
+    found = work(
+        RunFolder(run),
+        prompts,
+        out,
+        count=n,
+        rewards=reward or (),
+        field=field,
+        template=template,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+    )
+    _print(found, as_json)
+
+
+@app.command("replay")
+def replay(
+    dump: Annotated[Path, typer.Argument(help="What sample wrote.")],
+    run: Annotated[Path, typer.Argument(help="A run directory: whose model and objective look at it.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    """The loss of dumped answers, and how far a model is from who wrote them."""
+    from torchstone.rl.dumps import replay as work
+    from torchstone.train.run import RunFolder
+
+    _print(work(dump, RunFolder(run), device=device), as_json)
+
+
+@app.command("filter")
+def filter_(
+    dump: Annotated[Path, typer.Argument(help="What sample wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON lines, as data responses reads them.")],
+    at_least: Annotated[float, typer.Option(help="The least reward that is kept.")] = 1.0,
+    per_prompt: Annotated[int | None, typer.Option(help="Different answers of a prompt, at most.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Keep answers that score well, as prompts and responses to tune on."""
+    from torchstone.rl.dumps import filter_dump
+
+    _print(filter_dump(dump, out, at_least=at_least, per_prompt=per_prompt), as_json)
