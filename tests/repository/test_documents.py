@@ -194,6 +194,7 @@ LONG = {
     "longmem.md",
     "multi-token-prediction.md",
     "preferences.md",
+    "reinforcement-learning.md",
     "scaling.md",
     "recipes.md",
     "reproduce.md",
