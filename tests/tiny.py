@@ -100,7 +100,13 @@ def prompted(folder: Path, **sections: Any) -> dict[str, Any]:
     kept = {name: made["data"][name] for name in ("tokenizer", "cache")}
     made["data"] = {"kind": "prompts", "path": str(file), "block": 24, **kept}
     letters = {"kind": "language", "alphabet": "".join(map(chr, range(64, 128))), "inside": "^.*"}
-    usual = {"kind": "policy_gradient", "group": 4, "sampling": {"max_new_tokens": 5}, "rewards": [letters], "truncated": "keep"}
+    usual = {
+        "kind": "policy_gradient",
+        "group": 4,
+        "sampling": {"max_new_tokens": 5},
+        "rewards": [letters],
+        "truncated": "keep",
+    }
     return {**made, "objective": {**usual, **sections.get("objective", {})}}
 
 

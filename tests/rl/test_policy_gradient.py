@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import policies
 import pytest
 import torch
-
-import policies
 from policies import LONGEST, Table, answers, log_probability, objective, written
+
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Batch
@@ -154,7 +155,9 @@ def test_micro_batches_padding_and_order_change_nothing(advantage: str, aggregat
         if name in ("ids", "valid", "next", "sampler") else value for name, value in batch.items()
     }  # fmt: skip
     same(wider)
-    pieces = [{name: value[a:b] for name, value in made.agree([batch], lambda x: x)[0].items()} for a, b in ((0, 3), (3, 8))]
+    pieces = [
+        {name: value[a:b] for name, value in made.agree([batch], lambda x: x)[0].items()} for a, b in ((0, 3), (3, 8))
+    ]
     total = objective(group=4, advantage="none" if advantage == "batch_std" else advantage, aggregate=aggregate)
     torch.testing.assert_close(gradient(total, model, *pieces), whole, atol=1e-13, rtol=1e-10)
 
@@ -239,7 +242,9 @@ def test_foreign_log_probabilities_are_corrected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize(("theirs", "ours"), [("grpo", "sequence_mean"), ("bnpo", "token_mean"), ("dr_grpo", "constant")])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("grpo", "sequence_mean"), ("bnpo", "token_mean"), ("dr_grpo", "constant")]
+)
 def test_loss_and_gradient_are_trls_on_the_same_log_probabilities(theirs: str, ours: str, ratio: str) -> None:
     """`trl.GRPOTrainer._compute_loss` itself, of a stand-in for its trainer, with old, reference and sampler
     log-probabilities of their own."""
@@ -250,29 +255,32 @@ def test_loss_and_gradient_are_trls_on_the_same_log_probabilities(theirs: str, o
     old, reference, sampler = (logp.detach() + 0.4 * torch.randn(R, T, generator=generator) for _ in range(3))
     advantage = torch.randn(R, generator=generator)
     mask = torch.arange(T) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None]
-    same = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, num_processes=1,
-                           reduce=lambda x, reduction: x)  # fmt: skip
-    from collections import defaultdict
-
+    same = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, num_processes=1,
+        reduce=lambda x, reduction: x,
+    )  # fmt: skip
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logp, torch.zeros(R, T), None),
         model=SimpleNamespace(training=True), accelerator=same, beta=0.3, epsilon_low=0.2, epsilon_high=0.28,
         loss_type=theirs, importance_sampling_level=ratio, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         aux_loss_enabled=False, use_vllm=True, vllm_importance_sampling_correction=True, max_completion_length=9,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
     )  # fmt: skip
     weight = (old - sampler).exp().clamp(max=2.0)
     blank = torch.zeros(R, T, dtype=torch.long)
     inputs = {
-        "prompt_ids": blank[:, :1], "prompt_mask": blank[:, :1] + 1, "completion_ids": blank, "completion_mask": mask.long(),
-        "advantages": advantage, "old_per_token_logps": old, "ref_per_token_logps": reference,
+        "prompt_ids": blank[:, :1], "prompt_mask": blank[:, :1] + 1, "completion_ids": blank,
+        "completion_mask": mask.long(), "advantages": advantage, "old_per_token_logps": old, "ref_per_token_logps": reference,
         "importance_sampling_ratio": weight,
     }  # fmt: skip
     loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     (wanted,) = torch.autograd.grad(loss, logp)
 
-    spec = objective(ratio=ratio, clip=[0.2, 0.28], kl={"beta": 0.3, "reference": "r"}, correction="truncate", cap=2.0).spec
+    spec = objective(
+        ratio=ratio, clip=[0.2, 0.28], kl={"beta": 0.3, "reference": "r"}, correction="truncate", cap=2.0
+    ).spec
     row = mask.nonzero()[:, 0]
     of = Written(row, mask.sum(1), logp[mask], old[mask], sampler[mask], advantage, reference[mask])
     each, _ = token_losses(spec, of)

@@ -62,7 +62,7 @@ def test_files_of_their_own_are_valid_and_test(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(TorchstoneError, match=r"sums.jsonl' line 1: no field 'question'; fields: prompt, answer"):
         prepared(tmp_path, prompt="question")
-    with pytest.raises(TorchstoneError, match="train has no prompt; .* left out: 100 that leave no room in 5 tokens"):
+    with pytest.raises(TorchstoneError, match=r"train has no prompt; .* left out: 100 that leave no room in 5 tokens"):
         prepared(tmp_path, block=5)
     with pytest.raises(TorchstoneError, match=r"template: needs \{prompt\} once"):
         prepared(tmp_path, template="A:")

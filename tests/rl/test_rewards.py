@@ -122,7 +122,9 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         reward("python", "", function=f"{file}:f")
 
 
-def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leaves_the_answer_out(tmp_path: Path) -> None:
+def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leaves_the_answer_out(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "own.py").write_text("def f(text, row):\n    return row['value']\n")
     own = {"kind": "python", "function": f"{tmp_path / 'own.py'}:f"}
 

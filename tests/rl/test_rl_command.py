@@ -49,7 +49,13 @@ def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Pat
     assert max(sum(row["prompt"] == one["prompt"] for row in rows) for one in rows) <= 2
 
     made = tiny.recipe(tmp_path, trainer={"steps": 1})
-    made["data"] = {"kind": "responses", "path": str(kept), "tokenizer": "bytes", "block": 24, "cache": str(tmp_path / "c")}
+    made["data"] = {
+        "kind": "responses",
+        "path": str(kept),
+        "tokenizer": "bytes",
+        "block": 24,
+        "cache": str(tmp_path / "c"),
+    }
     tuned = train({**made, "init_from": str(run)}, out=tmp_path / "tuned", quiet=True)
     assert (tuned.path / "model.safetensors").exists()
 

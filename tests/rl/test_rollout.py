@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from policies import Letters, transformer
 
 import tiny
-from policies import Letters, transformer
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.objectives import Facts, tokens_of
@@ -20,7 +20,7 @@ from torchstone.rl.objectives.policy_gradient import PolicyGradient, PolicyGradi
 from torchstone.rl.reward import Scorer
 from torchstone.rl.reward.language import LanguageSpec
 from torchstone.rl.rollout import PolicySampling, rollout
-from torchstone.rl.trajectory import Trajectory, batch_of, dump, read
+from torchstone.rl.trajectory import batch_of, dump, read
 from torchstone.spec import validate
 from torchstone.train import training
 from torchstone.train.checkpoint import load_tensors
@@ -58,7 +58,9 @@ def test_an_answer_is_the_same_alone_in_any_batch_and_at_any_place_of_it() -> No
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.5}], ids=lambda f: "-".join(f) or "-"
+    "fields",
+    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.5}],
+    ids=lambda f: "-".join(f) or "-",
 )  # fmt: skip
 @pytest.mark.parametrize(
     "part",
@@ -157,7 +159,9 @@ STEPS: dict[str, Any] = {"steps": 5, "batch": 4, "accumulate": 2, "device": "cpu
                          "log_every": 1, "save_every": 1}  # fmt: skip
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_cut_and_resumed_equals_uncut_bit_for_bit_also_between_rounds(tmp_path: Path, rounds: int) -> None:
     hard: dict[str, Any] = {
         "model": {**tiny.MODEL, "dropout": 0.2},
@@ -229,7 +233,10 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
             trained(tmp_path, "run", **sections)
         assert not (tmp_path / "run").exists()
 
-    refused(r"reward exact: prompt 0 has no field 'solution'", objective={"rewards": [{"kind": "exact", "answer": "solution"}]})
+    refused(
+        r"reward exact: prompt 0 has no field 'solution'",
+        objective={"rewards": [{"kind": "exact", "answer": "solution"}]},
+    )
     refused(r"trainer.batch: 2 does not divide into 4 rounds", objective={"rounds": 4})
     refused(r"needs a decoder alone; the model is none", model={**tiny.MODEL, "causal": False, "head": "mlm"})
     refused(r"reward python: no such file", objective={"rewards": [{"kind": "python", "function": "none.py:f"}]})
@@ -242,7 +249,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_memory_is_known_but_for_what_answers_take(tmp_path: Path) -> None:
-    found = training_memory(load_recipe(tiny.prompted(tmp_path, model={**tiny.MODEL, "vocabulary": 259, "context": 24})))
+    found = training_memory(
+        load_recipe(tiny.prompted(tmp_path, model={**tiny.MODEL, "vocabulary": 259, "context": 24}))
+    )
     assert found.activations is None and found.weights == found.gradients > 0
 
 
@@ -259,5 +268,3 @@ def test_a_policy_learns_what_is_rewarded_and_nothing_from_a_coin(tmp_path: Path
         run = trained(tmp_path, f"run{low}", optimizer={"lr": 0.02}, trainer=settings, objective={"rewards": rewards})
         last = [row for row in run.metrics() if "reward_language" in row][-1]
         assert low <= last["reward_language"] <= high, last
-
-

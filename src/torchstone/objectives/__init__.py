@@ -138,8 +138,8 @@ class Objective(nn.Module):
         return batch
 
     def collect(self, model: nn.Module, batch: Batch, key: Key) -> Batch:
-        """The prepared batch with what the present model adds before it is cut and counted, as samples from it. Rows may
-        multiply, by one number for all. Called without gradients and without dropout."""
+        """The prepared batch with what the present model adds before it is cut and counted, as samples from it. Rows
+        may multiply, by one number for all. Called without gradients and without dropout."""
         return batch
 
     def agree(self, batches: list[Batch], total: Callable[[torch.Tensor], torch.Tensor]) -> list[Batch]:

@@ -30,9 +30,7 @@ _SAME = 1e-9
 """Deviations of this size, relative to the rewards, are rounding."""
 
 
-def advantages(
-    rewards: Sequence[float | None], groups: Sequence[int], how: Advantage
-) -> tuple[np.ndarray, np.ndarray]:
+def advantages(rewards: Sequence[float | None], groups: Sequence[int], how: Advantage) -> tuple[np.ndarray, np.ndarray]:
     """The advantage of each answer, and the standard deviation of its group's rewards, float64 (R,).
 
     Args:

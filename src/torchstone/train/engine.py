@@ -1,8 +1,9 @@
 """The training engine: any `nn.Module`, any objective, any source of batches.
 
-One step: batches, what the model adds to them, and their counts first, over all micro-batches and ranks; then for each micro-batch the terms'
-sums, each divided by its count and weighted, and a backward pass; then one move of the optimiser. Every random draw is
-a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the weights and its number.
+One step: batches, what the model adds to them, and their counts first, over all micro-batches and ranks; then for each
+micro-batch the terms' sums, each divided by its count and weighted, and a backward pass; then one move of the
+optimiser. Every random draw is a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the
+weights and its number.
 
 A module of the model may have ``before_step(step)``, called before step number `step` (from 0), and
 ``after_step(step, sums)``, called after the optimiser moved, with its layer's own sums of the step over all
@@ -183,9 +184,7 @@ class Trainer:
         part = step % rounds
         if part == 0:
             self._collected = self._collect(step // rounds)
-        parts = [
-            {name: value.chunk(rounds)[part] for name, value in batch.items()} for batch in self._collected
-        ]
+        parts = [{name: value.chunk(rounds)[part] for name, value in batch.items()} for batch in self._collected]
         if part == rounds - 1:
             self._collected = []
         return parts
@@ -537,9 +536,7 @@ class Trainer:
             }
         if self._collected:
             out["collected"] = {
-                f"{micro}.{name}": value
-                for micro, batch in enumerate(self._collected)
-                for name, value in batch.items()
+                f"{micro}.{name}": value for micro, batch in enumerate(self._collected) for name, value in batch.items()
             }
         if self.ema is not None:
             own = {name: value for name, value in self.ema.items() if name.startswith("objective.")}

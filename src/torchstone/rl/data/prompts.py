@@ -118,9 +118,7 @@ class PromptsDataSpec(DataSpec):
         return rows, texts, side_P
 
 
-def prompts_of(
-    path: str | Sequence[str], field: str, template: str | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+def prompts_of(path: str | Sequence[str], field: str, template: str | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of JSON lines, and the text that each gives to the policy.
 
     Raises:

@@ -193,9 +193,7 @@ class PolicyGradient(WithReference):
             raise TorchstoneError("objective policy_gradient: needs prompts, as of data prompts")
         prompts = [ids[valid].tolist() for ids, valid in zip(batch["ids"], batch["valid"], strict=True)]
         examples = batch["example"].tolist()
-        return rollout(
-            model, self.tokenizer, prompts, examples, count, self.spec.sampling, key, self.scorer, self.rows
-        )
+        return rollout(model, self.tokenizer, prompts, examples, count, self.spec.sampling, key, self.scorer, self.rows)
 
     def batch(
         self,
