@@ -272,8 +272,8 @@ def test_loss_and_gradient_are_trls_on_the_same_log_probabilities(theirs: str, o
     blank = torch.zeros(R, T, dtype=torch.long)
     inputs = {
         "prompt_ids": blank[:, :1], "prompt_mask": blank[:, :1] + 1, "completion_ids": blank,
-        "completion_mask": mask.long(), "advantages": advantage, "old_per_token_logps": old, "ref_per_token_logps": reference,
-        "importance_sampling_ratio": weight,
+        "completion_mask": mask.long(), "advantages": advantage, "old_per_token_logps": old,
+        "ref_per_token_logps": reference, "importance_sampling_ratio": weight,
     }  # fmt: skip
     loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     (wanted,) = torch.autograd.grad(loss, logp)
