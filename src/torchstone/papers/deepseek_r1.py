@@ -133,10 +133,10 @@ _exact.builds = _BUILDS  # type: ignore[attr-defined]
 EXACT = Claim(
     id="group-gradients",
     kind="identity",
-    text="Advantages of a group add up to nothing and have the deviation 1, or are exactly 0. Over all pairs of answers "
-    "of a policy over three tokens the loss has the policy gradient for its mean, with a baseline of the other answers "
-    "or none, and (G - 1) / G of it where the baseline holds the answer itself. The divergence is never negative, and "
-    "its mean is the KL. Of the clipped loss two corners of four have no gradient.",
+    text="Advantages of a group add up to nothing and have the deviation 1, or are exactly 0. Over all pairs of "
+    "answers of a policy over three tokens the loss has the policy gradient for its mean, with a baseline of the other "
+    "answers or none, and (G - 1) / G of it where the baseline holds the answer itself. The divergence is never "
+    "negative, and its mean is the KL. Of the clipped loss two corners of four have no gradient.",
     figure="eqs. 1 to 3",
     gates=(
         Number("sum of a group's advantages", high=1e-9),
@@ -421,7 +421,7 @@ PAPER = Paper(
         "reward.think_format",
         "reward.language",
     ),
-    summary="Answers are sampled in groups and scored by rules; what is better than its group is made likelier, without "
-    "a critic.",
+    summary="Answers are sampled in groups and scored by rules; what is better than its group is made likelier, "
+    "without a critic.",
     claims=(EXACT, THINKS),
 )

@@ -52,6 +52,7 @@ def rollout(
     scorer: Scorer,
     rows: Mapping[int, Mapping[str, Any]],
     end: int | None = None,
+    routes: bool = False,
 ) -> list[Trajectory]:
     """`count` answers to each prompt, side by side.
 
@@ -66,6 +67,7 @@ def rollout(
         scorer: what answers are worth.
         rows: fields of the prompts, by their numbers.
         end: id of the end token.
+        routes: whether to keep which experts tokens were sent to.
 
     Raises:
         TorchstoneError: a prompt is too long for the model, or a reward is no number.
@@ -83,6 +85,7 @@ def rollout(
         sampling.sampling(),
         requests=names,
         noise=SeededNoise(key.value),
+        routes=routes,
     )
     found = []
     for number, (name, each) in enumerate(zip(names, done, strict=True)):
@@ -103,6 +106,7 @@ def rollout(
                 scorer.total(rewards),
                 texts[number // count],
                 text,
+                each.routes,
             )
         )
     return found

@@ -70,7 +70,8 @@ def batch_of(trajectories: Sequence[Trajectory], pad: int) -> Batch:
     Returns:
         ``ids``, ``valid`` (R, T): prompt and answer without its last token, padded on the right; ``next`` (R, T), the
         token after each where the policy wrote it, else -100; ``sampler`` (R, T), its log-probability when it was
-        drawn, else 0; ``example`` (R,); ``length`` (R,), tokens written; ``truncated`` (R,).
+        drawn, else 0; ``example`` (R,); ``length`` (R,), tokens written; ``truncated`` (R,); ``routes`` (R, T, L, K),
+        where trajectories have them, -1 where a token has none.
     """
     R, T = len(trajectories), max(len(t.prompt) + len(t.ids) - 1 for t in trajectories)
     ids_RT, next_RT = np.full((R, T), pad), np.full((R, T), IGNORE)
@@ -88,8 +89,28 @@ def batch_of(trajectories: Sequence[Trajectory], pad: int) -> Batch:
         "length": np.array([len(each.ids) for each in trajectories]),
         "truncated": np.array([each.truncated for each in trajectories]),
     }
+    if any(each.routes is not None for each in trajectories):
+        batch["routes"] = _routes(trajectories, T)
     made = {name: torch.from_numpy(array) for name, array in batch.items()}
     return {**made, "sampler": torch.from_numpy(sampler_RT).to(torch.get_default_dtype())}
+
+
+def _routes(trajectories: Sequence[Trajectory], length: int) -> np.ndarray:
+    """(R, T, L, K).
+
+    Raises:
+        TorchstoneError: a trajectory's routes are not of its tokens, or of other layers than those of the others.
+    """
+    shape = next(each.routes.shape[1:] for each in trajectories if each.routes is not None)
+    routes_RTLK = np.full((len(trajectories), length, *shape), -1, np.int16)
+    for row, each in enumerate(trajectories):
+        if each.routes is None:
+            continue
+        wanted = (len(each.prompt) + len(each.ids) - 1, *shape)
+        if each.routes.shape != wanted:
+            raise TorchstoneError(f"routes: of answer {row} are {each.routes.shape}, {wanted} were expected")
+        routes_RTLK[row, : wanted[0]] = each.routes
+    return routes_RTLK
 
 
 def dump(path: Path, trajectories: Sequence[Trajectory], settings: Mapping[str, Any]) -> None:

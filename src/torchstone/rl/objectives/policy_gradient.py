@@ -39,12 +39,15 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.context import Aux
+from torchstone.model.feedforward.router import routed_layers
+from torchstone.model.taps import Taps
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.objectives._frozen import WithReference, reference_of
 from torchstone.rl.advantage import Advantage, advantages
 from torchstone.rl.logprobs import log_probabilities
 from torchstone.rl.reward import RewardSpec, Scorer
 from torchstone.rl.rollout import PolicySampling, rollout
+from torchstone.rl.routes import Replay
 from torchstone.rl.trajectory import Trajectory, batch_of
 from torchstone.spec import Part, Spec
 
@@ -89,6 +92,9 @@ class PolicyGradientSpec(ObjectiveSpec):
     """What is done about log-probabilities of a sampler that are not the policy's own."""
     cap: float = Field(3.0, gt=1, le=1000)
     """Largest weight of that correction."""
+    replay: Literal["none", "trainer", "rollout"] = "none"
+    """Whose choices of experts the loss's forwards take: their own, those of the trained model when the answers were
+    collected, or those made while they were written (Ma et al. 2025, arXiv 2510.11370)."""
     truncated: Literal["zero", "mask", "keep"] = "zero"
     """An answer without an end has the reward 0, counts as one that cannot be scored, or keeps what rules gave it."""
 
@@ -179,21 +185,36 @@ class PolicyGradient(WithReference):
             alone = getattr(each, "decoder", None) is not None and getattr(each, "encoder", None) is None
             if each is not None and not alone:
                 raise TorchstoneError(f"objective policy_gradient: needs a decoder alone; the {who} is none")
+        if self.spec.replay != "none" and not routed_layers(model):
+            raise TorchstoneError(
+                "objective policy_gradient: replay is of routes, and no layer of the model has a router"
+            )
         super().check(model)
 
     # -- answers
 
     def collect(self, model: nn.Module, batch: Batch, key: Key) -> Batch:
-        found = self._answers(model, batch, self.spec.group, key)
+        found = self._answers(model, batch, self.spec.group, key, self.spec.replay == "rollout")
         groups = [number // self.spec.group for number in range(len(found))]
         return self.batch(model, found, groups, batch["ids"].device)
 
-    def _answers(self, model: nn.Module, batch: Batch, count: int, key: Key) -> list[Trajectory]:
+    def _answers(self, model: nn.Module, batch: Batch, count: int, key: Key, routes: bool = False) -> list[Trajectory]:
         if self.tokenizer is None or self.rows is None:
             raise TorchstoneError("objective policy_gradient: needs prompts, as of data prompts")
         prompts = [ids[valid].tolist() for ids, valid in zip(batch["ids"], batch["valid"], strict=True)]
         examples = batch["example"].tolist()
-        return rollout(model, self.tokenizer, prompts, examples, count, self.spec.sampling, key, self.scorer, self.rows)
+        return rollout(
+            model,
+            self.tokenizer,
+            prompts,
+            examples,
+            count,
+            self.spec.sampling,
+            key,
+            self.scorer,
+            self.rows,
+            routes=routes,
+        )
 
     def batch(
         self,
@@ -218,10 +239,13 @@ class PolicyGradient(WithReference):
         batch["next"] = torch.where(batch["scored"][:, None], batch["next"], -100)
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
+            if self.spec.replay == "trainer":
+                batch["routes"] = self._routes(model, batch)
             if self.spec.rounds > 1:
                 batch["old"] = self._log_probabilities(model, batch)
             if self.reference is not None:
-                batch["reference"] = self._log_probabilities(self.reference, batch)
+                plain = {name: value for name, value in batch.items() if name != "routes"}
+                batch["reference"] = self._log_probabilities(self.reference, plain)
         return batch
 
     def _reward(self, trajectory: Trajectory) -> float | None:
@@ -250,7 +274,8 @@ class PolicyGradient(WithReference):
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
         where_RT = batch["next"] >= 0
-        out, logp_N, entropy_N = self._pass(model, batch, where_RT)
+        replay = Replay(model, batch["routes"], batch["valid"]) if "routes" in batch else None
+        out, logp_N, entropy_N = self._pass(model, batch, where_RT, replay)
 
         def given(name: str, otherwise: torch.Tensor | None = None) -> Any:
             return batch[name][where_RT].to(logp_N.dtype) if name in batch else otherwise
@@ -278,6 +303,8 @@ class PolicyGradient(WithReference):
             "reward_std": (batch["spread"].sum(), torch.ones_like(batch["length"]).sum()),
             "flat_groups": (flat_R.sum(), batch["scored"].sum()),
         }
+        if replay is not None:
+            metrics |= replay.metrics()
         return Result(result.terms, {**result.metrics, **metrics})
 
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
@@ -300,14 +327,26 @@ class PolicyGradient(WithReference):
         parts = zip(self.scorer.names, batch["parts"].T, batch["known"].T, strict=True)
         return found | {f"reward_{name}": (part.sum(), known.sum()) for name, part, known in parts}
 
-    def _pass(self, model: Any, batch: Batch, where_RT: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def _pass(
+        self, model: Any, batch: Batch, where_RT: torch.Tensor, replay: Replay | None = None
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """What the model gives, and of the tokens that the policy wrote log-probabilities and entropies."""
-        out = model(tokens_of(batch), outputs="none")  # without a key: nothing is dropped
+        taps = {} if replay is None else {"taps": replay.taps}
+        out = model(tokens_of(batch), outputs="none", **taps)  # without a key: nothing is dropped
         product = model.vocabulary_head().product(out.hidden[where_RT], model.embedding.table())
         return out, *log_probabilities(product, batch["next"][where_RT], self.sampling)
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """(R, T), zero where the policy wrote nothing."""
         where_RT = batch["next"] >= 0
-        logp_N = self._pass(model, batch, where_RT)[1]
+        replay = Replay(model, batch["routes"], batch["valid"]) if "routes" in batch else None
+        logp_N = self._pass(model, batch, where_RT, replay)[1]
         return torch.zeros_like(where_RT, dtype=logp_N.dtype).masked_scatter(where_RT, logp_N)
+
+    @staticmethod
+    def _routes(model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Choices of the trained model itself, (R, T, L, K), -1 for padding."""
+        taps = Taps(record=["decoder.layers.*.router.experts"])
+        model(tokens_of(batch), outputs="none", taps=taps)
+        chosen_RTLK = torch.stack([taps.seen[f"{path}.experts"] for path in routed_layers(model)], 2)
+        return torch.where(batch["valid"][..., None, None], chosen_RTLK, -1).to(torch.int16)

@@ -102,5 +102,9 @@ class Scorer:
 
     def total(self, rewards: Mapping[str, float | None]) -> float | None:
         """The weighted sum; None as soon as one is None, for sums of different rewards do not compare."""
-        values = [(self.rules[name][0].weight, value) for name, value in rewards.items()]
-        return None if any(value is None for _, value in values) else sum(w * v for w, v in values)  # type: ignore[operator]
+        total = 0.0
+        for name, value in rewards.items():
+            if value is None:
+                return None
+            total += self.rules[name][0].weight * value
+        return total
