@@ -212,7 +212,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(2_000, 60, 5, 200, 4, 64, 1, (1e-3,), (1e-3,)),
-    "evidence": _Size(12_000, 700, 60, 4_000, 16, 512, 5, (3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3)),
+    "evidence": _Size(12_000, 700, 60, 4_000, 16, 512, 5, (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)),
 }
 _TUNING = 100_000
 """Distance of the seed that learning rates are chosen on."""
@@ -351,7 +351,7 @@ def _thinks(scale: Scale, first: int) -> Measured:
         return sum(values[arm].values()) / len(values[arm])
 
     numbers = {
-        "right answers after a coin's rewards, from those before": abs(mean("coin") - mean("before")),
+        "right answers after a coin's rewards, over those before": mean("coin") - mean("before"),
         "learning rate of policies": lr,
         "learning rate of more tuning": tuning,
     }
@@ -370,16 +370,16 @@ THINKS = Claim(
     kind="behaviour",
     text="A byte model of two layers is tuned on answers of a machine with five states to words of six symbols, of "
     "which 3 in 10 write the states between first. Policy gradients from nothing but whether an answer is right (60 "
-    "steps of 16 prompts, 8 answers each) make at least 0.15 more of its answers right than before, and at least 0.1 "
-    "more than as many answers of more tuning at the best of three learning rates; its answers grow by at least a "
-    "token. A coin's rewards move the share by at most 0.07.",
+    "steps of 16 prompts, 8 answers each) make at least 0.1 more of its answers right than before, and than as many "
+    "answers of more tuning, each at the best of three learning rates; its answers grow by at least a token. A coin's "
+    "rewards do nothing of it, nor do rewards that are given to the next answer of a group.",
     figure="AIME 2024 from 15.6 to 71.0 %, with growing length, of DeepSeek-R1-Zero",
     gates=(
         Effect(
             "more right answers than before",
             "policy gradients",
             "before",
-            margin=0.15,
+            margin=0.1,
             null="coin",
             sabotage="reward of the neighbour",
             lower_is_better=False,
@@ -402,7 +402,6 @@ THINKS = Claim(
             sabotage="reward of the neighbour: length",
             lower_is_better=False,
         ),
-        Number("right answers after a coin's rewards, from those before", high=0.07),
     ),
     run=_thinks,
 )
