@@ -13,7 +13,7 @@ from policies import Letters, transformer
 from torchstone.errors import TorchstoneError
 from torchstone.generate import Engine, Sampling
 from torchstone.keys import Key
-from torchstone.model.feedforward.router import routed_layers
+from torchstone.model.routed import routed_layers
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens
 from torchstone.objectives import Batch, Facts

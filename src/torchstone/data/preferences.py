@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torchstone.data.tokenizer import Tokenizer
     from torchstone.keys import Key
 
-__all__ = ["Pair", "Pairs", "PreferencesDataSpec", "PreparedPreferences", "joined", "read"]
+__all__ = ["Pair", "Pairs", "PreferencesDataSpec", "PreparedPreferences", "read"]
 
 
 @dataclass(frozen=True)
@@ -186,19 +186,13 @@ class Pairs:
             room = self.block - 1 - max(len(pair.chosen), len(pair.rejected))
             prompt = pair.prompt[max(0, len(pair.prompt) - room) :]
             for side, response in enumerate((pair.chosen, pair.rejected)):
-                whole, after = joined(self._separator, prompt, response)
-                length = len(whole)
-                ids_B2T[row, side, :length], next_B2T[row, side, :length] = whole, after
+                whole = [self._separator, *prompt, *response, self._separator]
+                length, before = len(whole) - 1, len(prompt)
+                ids_B2T[row, side, :length] = whole[:-1]
+                next_B2T[row, side, before:length] = whole[before + 1 :]
                 valid_B2T[row, side, :length] = True
         rows = {"ids": ids_B2T, "next": next_B2T, "valid": valid_B2T, "example": np.asarray(number_B, np.int64)}
         return {name: torch.from_numpy(array) for name, array in rows.items()}
-
-
-def joined(separator: int, prompt: Sequence[int], response: Sequence[int]) -> tuple[list[int], list[int]]:
-    """A row of a prompt and a response: its ids, and the token after each where that is of the response or the
-    separator behind it, else -100."""
-    whole = [separator, *prompt, *response, separator]
-    return whole[:-1], [IGNORE] * len(prompt) + whole[len(prompt) + 1 :]
 
 
 def read(spec: PreferencesDataSpec) -> Iterator[Pair]:

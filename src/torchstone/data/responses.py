@@ -28,7 +28,6 @@ from torchstone.data._sides import SPLITS, sides
 from torchstone.data.blocks import IGNORE, shuffled
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
-from torchstone.data.preferences import joined
 from torchstone.data.spec import DataSpec
 from torchstone.data.tokenizers import TokenizerSpec
 from torchstone.errors import TorchstoneError
@@ -130,9 +129,14 @@ class Responses:
     bytes = 0
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer) -> None:
-        self._rows = [joined(tokenizer.separator, prompt, response) for prompt, response in pairs]
-        self._pad = tokenizer.pad
+        self._separator, self._pad = tokenizer.separator, tokenizer.pad
+        self._rows = [self._row(prompt, response) for prompt, response in pairs]
         self.tokens = sum(len(ids) for ids, _ in self._rows)
+
+    def _row(self, prompt: Sequence[int], response: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids, and the token after each where it is a target, else -100."""
+        whole = [self._separator, *prompt, *response, self._separator]
+        return whole[:-1], [IGNORE] * len(prompt) + whole[len(prompt) + 1 :]
 
     def __len__(self) -> int:
         return len(self._rows)

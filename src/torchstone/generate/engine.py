@@ -31,8 +31,8 @@ from torchstone.generate.noise.seeded import SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.speculative import Drafter, check_drafts, logits_of, padded
 from torchstone.generate.text import Writer
-from torchstone.model.feedforward.router import routed_layers
 from torchstone.model.mask import CAUSAL, Mask, mask_named
+from torchstone.model.routed import routed_layers
 from torchstone.model.state import State
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens, pick

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchstone.keys import Key
-from torchstone.model.feedforward.router import routed_layers
+from torchstone.model.routed import routed_layers
 from torchstone.objectives import Batch, Facts, Objective
 from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale
 from torchstone.recipe import load_recipe

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torchstone.errors import TorchstoneError
-from torchstone.model.feedforward.router import routed_layers
+from torchstone.model.routed import routed_layers
 from torchstone.model.taps import Taps
 
 __all__ = ["Replay"]

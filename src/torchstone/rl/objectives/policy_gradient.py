@@ -39,7 +39,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.context import Aux
-from torchstone.model.feedforward.router import routed_layers
+from torchstone.model.routed import routed_layers
 from torchstone.model.taps import Taps
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.objectives._frozen import WithReference, reference_of

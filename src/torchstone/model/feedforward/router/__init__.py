@@ -24,7 +24,7 @@ from torchstone.model.site import Site
 from torchstone.ops import at_least_float32
 from torchstone.spec import PartSpec, lazy_parts
 
-__all__ = ["Router", "RouterSpec", "Routing", "routed_layers"]
+__all__ = ["Router", "RouterSpec", "Routing"]
 
 __getattr__ = lazy_parts(__name__)
 
@@ -108,15 +108,6 @@ class Router(nn.Module):
                 return routing
             losses = self.losses(scores_BTE, routing, valid_BT, ctx)
         return Routing(experts_BTK, gates_BTK, counts_BE, losses)
-
-
-def routed_layers(model: nn.Module) -> dict[str, Router]:
-    """Routers of a decoder's layers by path, in order; taps of their choices are called ``path.experts``."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, Router) and path.startswith("decoder.layers.")
-    }
 
 
 def ids_of(ctx: Context, rows: int, kind: str) -> torch.Tensor:
