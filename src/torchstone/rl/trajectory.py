@@ -136,7 +136,7 @@ def read(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
         try:
             hashed, own = record.pop("hash"), record.pop("sampling")
             routes = record.pop("routes", None)
-            lists = {name: tuple(record.pop(name)) for name in ("prompt", "ids", "logprobs")}
+            lists: dict[str, Any] = {name: tuple(record.pop(name)) for name in ("prompt", "ids", "logprobs")}
             each = Trajectory(**lists, **record, routes=None if routes is None else np.asarray(routes))
         except (KeyError, TypeError, ValueError) as error:
             raise TorchstoneError(f"{where}: no trajectory ({type(error).__name__}: {error})") from None
