@@ -83,7 +83,7 @@ def _exact(scale: Scale, first: int) -> Measured:
                 seen.append((chosen, gates.detach()))
                 return gates
 
-            router.gate = gate  # type: ignore[method-assign]
+            router.__dict__["gate"] = gate
         found = _gradient(objective, model, installed)
         for number, (chosen, gates) in enumerate(seen):
             same = chosen.sort(-1).values == other[:, :, number].long().sort(-1).values
