@@ -85,6 +85,31 @@ def preferences(folder: Path, **sections: Any) -> dict[str, Any]:
     return {**made, "objective": {"kind": "dpo", "reference": str(reference), **sections.get("objective", {})}}
 
 
+def sums(path: Path) -> Path:
+    """A file of prompts: additions of two digits, with their answers."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prompted(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe of policy gradients, whose prompts lie in `folder`: to write letters is rewarded."""
+    made = recipe(folder, **sections)
+    if not (file := folder / "sums.jsonl").exists():
+        sums(file)
+    kept = {name: made["data"][name] for name in ("tokenizer", "cache")}
+    made["data"] = {"kind": "prompts", "path": str(file), "block": 24, **kept}
+    letters = {"kind": "language", "alphabet": "".join(map(chr, range(64, 128))), "inside": "^.*"}
+    usual = {
+        "kind": "policy_gradient",
+        "group": 4,
+        "sampling": {"max_new_tokens": 5},
+        "rewards": [letters],
+        "truncated": "keep",
+    }
+    return {**made, "objective": {**usual, **sections.get("objective", {})}}
+
+
 def labelled(folder: Path, **sections: Any) -> dict[str, Any]:
     """Plain data of a tiny recipe of classification, whose examples lie in `folder`."""
     made = recipe(folder, **sections)

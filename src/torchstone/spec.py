@@ -63,6 +63,7 @@ FAMILIES: dict[str, str] = {
     "optimizer": "torchstone.train.optimizers",
     "position": "torchstone.model.position",
     "residual": "torchstone.model.residual",
+    "reward": "torchstone.rl.reward",
     "router": "torchstone.model.feedforward.router",
     "scaling": "torchstone.model.position.scaling",
     "schedule": "torchstone.train.schedules",

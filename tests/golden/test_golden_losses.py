@@ -27,7 +27,7 @@ from torchstone.train.run import build_model
 
 FOLDER = Path(__file__).with_name("losses")
 STEPS, ROWS = 10, 4
-ELSEWHERE = {"corpus", "data", "tokenizer", "model", "adapt", "noise"}
+ELSEWHERE = {"corpus", "data", "tokenizer", "model", "adapt", "noise", "reward"}
 """Families that a loss does not show: data has tests of its own, and the model is the Transformer of all cases."""
 ROUNDED = {"linear.bitlinear", "linear.fp8_block"}
 """Trained in float64: where numbers are rounded to few values, the last bits of a CPU's float32 decide some of them."""

@@ -48,8 +48,11 @@ def targets_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def ragged(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A prepared batch of six rows with very different numbers of targets, one row with none."""
-    batch = trainer.source.train.batch(Key(3), 0, 6)
+    group = getattr(getattr(trainer.objective, "spec", None), "group", 1)
+    batch = trainer.source.train.batch(Key(3), 0, 6 // group)
     batch = trainer.objective.prepare(batch, Key(4))
+    with torch.no_grad():
+        batch = trainer.objective.collect(trainer.model, batch, Key(5))
     targets = targets_of(batch)
     for row, kept in enumerate((0, 1, 16, 3, 16, 9)):
         if targets.dim() > 1:

@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +32,9 @@ from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.speculative import Drafter, check_drafts, logits_of, padded
 from torchstone.generate.text import Writer
 from torchstone.model.mask import CAUSAL, Mask, mask_named
+from torchstone.model.routed import routed_layers
 from torchstone.model.state import State
+from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens, pick
 from torchstone.model.transformer import Transformer
 from torchstone.ops.compiler import compiler_works
@@ -70,6 +73,8 @@ class Completion:
         adjusted_logprobs: of each of `ids` in the distribution that it was drawn from.
         top_logprobs: at each place the most probable tokens, as (token, log-probability), best first.
         drafted, accepted: tokens that were drafted and read, and those of them that stood; None without a draft.
+        routes: experts that each token the model read was sent to, in their order, by routed layer: (prompt and new
+            tokens but the last, layers, K), uint8 or, for more than 256 experts, int16; None unless asked for.
     """
 
     ids: list[int]
@@ -82,6 +87,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     drafted: int | None = None
     accepted: int | None = None
+    routes: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ class _Row:
     finish: Finish | None = None
     drafted: int = 0
     accepted: int = 0
+    routes: list[np.ndarray] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -164,6 +171,7 @@ class _Row:
             self.top if recorded and self.top else None,
             self.drafted if drafted else None,
             self.accepted if drafted else None,
+            np.concatenate(self.routes) if self.routes else None,
         )
 
 
@@ -295,6 +303,7 @@ class Engine:
         noise: NoiseSource | None = None,
         guides: Sequence[Guide] = (),
         prefix: State | None = None,
+        routes: bool = False,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -306,13 +315,21 @@ class Engine:
             noise: where randomness comes from; by default (seed, request, step).
             guides: score functions, applied to the logits in order before everything else.
             prefix: decode state of one row that stands before every prompt and is left as it is; no step is compiled.
+            routes: record which experts each token is sent to; no step is compiled.
 
         Raises:
-            TorchstoneError: a prompt that is too long or holds unknown ids, no tokenizer for a text, no prompt.
+            TorchstoneError: a prompt that is too long or holds unknown ids, no tokenizer for a text, no prompt; routes
+                of a model without routers or of drafts.
         """
         sampling = sampling or Sampling()
+        if routes and (self.draft is not None or not routed_layers(self.model)):
+            raise TorchstoneError(
+                "routes: no layer of this model has a router"
+                if self.draft is None
+                else "routes: are not recorded with drafts, some of which are read in vain"
+            )
         rows = self._rows(prompts, sampling, memory, requests, prefix)
-        for _ in self._run(rows, sampling, noise, guides, prefix):
+        for _ in self._run(rows, sampling, noise, guides, prefix, routes):
             pass
         return [row.completion(sampling.logprobs is not None, self.draft is not None) for row in rows]
 
@@ -438,6 +455,7 @@ class Engine:
         noise: NoiseSource | None,
         guides: Sequence[Guide],
         prefix: State | None,
+        routes: bool = False,
     ) -> Iterator[Event]:
         if not rows:
             return
@@ -445,14 +463,14 @@ class Engine:
             yield from self._run_drafted(rows, sampling, SeededNoise(sampling.seed) if noise is None else noise, guides)
             return
         # a compiled step knows no columns: it takes the place of a token for its position
-        compiled = self._compiled_step(max(row.budget for row in rows)) if prefix is None else None
+        compiled = self._compiled_step(max(row.budget for row in rows)) if prefix is None and not routes else None
         noise = SeededNoise(sampling.seed) if noise is None else noise
         plain = sampling.plain and not guides
         held = 0 if prefix is None else prefix.longest
         need = held + max(len(row.prompt) + row.budget - 1 for row in rows)
         live, step = list(rows), 0
         spare = 0 if compiled is None else 1  # slots that a compiled step wants beyond the newest token's
-        state, logits_BV = self._read(rows, need, spare, prefix)
+        state, logits_BV = self._read(rows, need, spare, prefix, routes=routes)
         if compiled is not None:
             compiled.settle(state)
         seen_BV = self._seen(rows) if sampling.repetition_penalty != 1.0 else None
@@ -488,7 +506,11 @@ class Engine:
                 state.extend(min(need + spare, 2 * state.extent))
             self.steps += 1
             try:
-                logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest)
+                taps = self._route_taps(routes)
+                logits_BV, best_B = self._decode(compiled, state, ids_B, add_B, longest, taps)
+                if taps is not None:
+                    for row, chosen in zip(live, self._routes(taps), strict=True):
+                        row.routes.append(chosen)
             except CompileFailed as error:
                 self._step_aside(str(error))
                 compiled = None
@@ -632,10 +654,11 @@ class Engine:
         spare: int,
         prefix: State | None,
         kept: list[torch.Tensor] | None = None,
+        routes: bool = False,
     ) -> tuple[State, torch.Tensor]:
         """State after the prompts and logits (B, V) of what follows; equal rows are read once.
 
-        `kept`, if given, gets the prompts' hidden states (B, T, D).
+        `kept`, if given, gets the prompts' hidden states (B, T, D). With `routes` rows keep theirs.
         """
         unique: dict[tuple[Any, ...], int] = {}
         which = [
@@ -663,13 +686,19 @@ class Engine:
             piece = ids_BT[:, a:b]
             valid = None if valid_BT is None else valid_BT[:, a:b]
             inputs = Tokens.of(piece, valid=valid)
+            taps = self._route_taps(routes)
             out = self.model(
                 inputs,
+                taps=taps,
                 state=state,
                 mask=self.attention,
                 outputs="last" if kept is None else "none",
                 memory=memory if a == 0 else None,
             )
+            if taps is not None:
+                chosen_BTLK = self._routes(taps)
+                for row, u in zip(rows, which, strict=True):
+                    row.routes.append(chosen_BTLK[u, : max(0, len(row.prompt) - a)])
             if kept is None:
                 assert out.logits is not None
                 new = out.logits[:, -1]
@@ -695,15 +724,32 @@ class Engine:
 
     @torch.no_grad()
     def _decode(
-        self, compiled: CompiledStep | None, state: State, ids_B: torch.Tensor, add_B: torch.Tensor, longest: int
+        self,
+        compiled: CompiledStep | None,
+        state: State,
+        ids_B: torch.Tensor,
+        add_B: torch.Tensor,
+        longest: int,
+        taps: Taps | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Feed each row its newest token: logits (B, V), and their argmax where it comes for nothing."""
         if compiled is not None:
             best_B, logits_BV = compiled(state, ids_B, add_B, longest)
             return logits_BV, best_B
-        out = self.model(ids_B[:, None], state=state, mask=self.attention, outputs="last")
+        out = self.model(ids_B[:, None], state=state, mask=self.attention, outputs="last", taps=taps)
         assert out.logits is not None
         return out.logits[:, -1], None
+
+    @staticmethod
+    def _route_taps(routes: bool) -> Taps | None:
+        return Taps(record=["decoder.layers.*.router.experts"]) if routes else None
+
+    def _routes(self, taps: Taps) -> np.ndarray:
+        """Choices (B, T, L, K) of one forward, in the order of their numbers."""
+        routers = routed_layers(self.model)
+        chosen_BTLK = torch.stack([taps.seen[f"{path}.experts"] for path in routers], 2).sort(-1).values
+        few = all(router.E <= 256 for router in routers.values())
+        return chosen_BTLK.cpu().numpy().astype(np.uint8 if few else np.int16)
 
     def _compiled_step(self, steps: int) -> CompiledStep | None:
         """The compiled step, if it is wanted, pays and works."""

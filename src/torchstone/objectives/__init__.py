@@ -1,6 +1,7 @@
 """Objectives: from (model, batch) to loss terms. The engine divides, weights, adds and differentiates.
 
     batch = objective.prepare(batch, key)          # corruption, masking: no model needed
+    batch = objective.collect(model, batch, key)   # what the present model adds: samples
     counts = objective.counts(batch)               # denominators, known before the first backward
     result = objective(model, batch, key)          # terms: sums over what `counts` counts
 
@@ -10,7 +11,7 @@ micro-batches and two ranks give the same gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,6 +43,8 @@ class Facts:
         load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
         model: spec of the model that is trained, for an objective with a network like it.
         frequencies: gives how often each token is in the training split, int64 (V,); None where there are no tokens.
+        tokenizer: turns ids into text, None where the data are no text.
+        rows: columns of each example by its number, None where the data keep none.
     """
 
     vocabulary: int | None = None
@@ -53,6 +56,8 @@ class Facts:
     load: Callable[[str], nn.Module] | None = None
     model: Any = None
     frequencies: Callable[[], torch.Tensor] | None = None
+    tokenizer: Any = None
+    rows: Mapping[int, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Objective(nn.Module):
     """Whether the loss is the code length of the text, so that bits per byte mean something."""
     reference: nn.Module | None = None
     """A frozen model that the loss reads beside the one that trains: neither trained nor saved."""
+    rounds: int = 1
+    """Steps of the optimiser for each batch that `collect` made: each takes a part of its rows."""
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this loss makes no sense for, and a checkpoint that this objective cannot go on from:
@@ -135,6 +142,16 @@ class Objective(nn.Module):
     def prepare(self, batch: Batch, key: Key) -> Batch:
         """The batch with whatever is drawn or derived before a model sees it."""
         return batch
+
+    def collect(self, model: nn.Module, batch: Batch, key: Key) -> Batch:
+        """The prepared batch with what the present model adds before it is cut and counted, as samples from it. Rows
+        may multiply, by one number for all. Called without gradients and without dropout."""
+        return batch
+
+    def agree(self, batches: list[Batch], total: Callable[[torch.Tensor], torch.Tensor]) -> list[Batch]:
+        """All micro-batches that `collect` made for a step, with what hangs on them all. `total` adds a tensor up over
+        ranks."""
+        return batches
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Denominators by name, 0-dimensional, on any device: "tokens" (valid ones) and those that terms are over."""

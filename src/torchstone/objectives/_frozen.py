@@ -39,25 +39,28 @@ class WithReference(Objective):
 
     Args:
         kind: the objective's name, for messages.
-        reference: the model.
+        reference: the model; None for an objective that has none this time.
         name: where it is from.
         what: what it is called.
     """
 
-    def __init__(self, kind: str, reference: nn.Module, name: str, what: str = "reference") -> None:
+    def __init__(self, kind: str, reference: nn.Module | None, name: str, what: str = "reference") -> None:
         super().__init__()
         self.kind, self.name, self.what = kind, name, what
+        if reference is None:
+            return
         # kept from the module's own children: neither the optimiser nor a checkpoint may see its weights
         self.__dict__["reference"] = reference.eval().requires_grad_(False)
         self._digest = fingerprint(reference)
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(self._digest)), dtype=torch.uint8))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.__dict__["reference"]._apply(fn, recurse)  # it moves to the device with the objective
+        if self.reference is not None:
+            self.reference._apply(fn, recurse)  # it moves to the device with the objective
         return super()._apply(fn, recurse)
 
     def check(self, model: nn.Module) -> None:
-        if bytes(self.digest.tolist()).hex() != self._digest:  # type: ignore[operator]
+        if self.reference is not None and bytes(self.digest.tolist()).hex() != self._digest:  # type: ignore[operator]
             raise TorchstoneError(
                 f"objective {self.kind}: the {self.what} {self.name} holds other weights than when this training began"
             )

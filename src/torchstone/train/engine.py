@@ -1,8 +1,9 @@
 """The training engine: any `nn.Module`, any objective, any source of batches.
 
-One step: batches and their counts first, over all micro-batches and ranks; then for each micro-batch the terms'
-sums, each divided by its count and weighted, and a backward pass; then one move of the optimiser. Every random draw is
-a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the weights and its number.
+One step: batches, what the model adds to them, and their counts first, over all micro-batches and ranks; then for each
+micro-batch the terms' sums, each divided by its count and weighted, and a backward pass; then one move of the
+optimiser. Every random draw is a function of (seed, purpose, step, micro-batch), so a step depends on nothing but the
+weights and its number.
 
 A module of the model may have ``before_step(step)``, called before step number `step` (from 0), and
 ``after_step(step, sums)``, called after the optimiser moved, with its layer's own sums of the step over all
@@ -88,6 +89,12 @@ def _by_document(split: DocumentedSplit, nll_BT: torch.Tensor, batch: Batch) -> 
     return torch.zeros(2, split.documents, dtype=torch.float64).index_add_(1, where_BT[there_BT], both)
 
 
+def _order(name: str) -> tuple[int, str]:
+    """Where "12.ids" stands among names that begin with a number."""
+    micro, _, rest = name.partition(".")
+    return int(micro), rest
+
+
 @dataclass(frozen=True)
 class Source:
     """The splits that a training reads."""
@@ -151,6 +158,10 @@ class Trainer:
         if self.adapt is not None:
             self.gate = self.adapt.gate(self.named, self.key.fold("gate"))
         self.ema = {p.name: p.value.detach().clone() for p in self.named} if self.spec.ema is not None else None
+        if self.objective.rounds > 1:
+            self._check_rounds()
+        self._collected: list[Batch] = []
+        """Batches of which steps to come take their parts, by micro-batch."""
         self.carries: dict[int, Carry] = {}
         """What the model carries from step to step, by micro-batch; none where batches are no streams."""
         modules = [(parameter_name(path), module) for path, module in self.model.named_modules()]
@@ -166,7 +177,20 @@ class Trainer:
     # -- one step
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Prepared batches of this rank for `step`."""
+        """Batches of this rank for `step`, prepared and collected."""
+        rounds = self.objective.rounds
+        if rounds == 1:
+            return self._collect(step)
+        part = step % rounds
+        if part == 0:
+            self._collected = self._collect(step // rounds)
+        parts = [{name: value.chunk(rounds)[part] for name, value in batch.items()} for batch in self._collected]
+        if part == rounds - 1:
+            self._collected = []
+        return parts
+
+    def _collect(self, step: int) -> list[Batch]:
+        """All micro-batches of this rank's batch number `step`."""
         batches = []
         for micro in range(self.spec.accumulate):
             batch = self.source.train.batch(
@@ -178,9 +202,29 @@ class Trainer:
                 self.mesh.rank,
                 self.mesh.ranks,
             )
-            batch = self._move(batch)
-            batches.append(self.objective.prepare(batch, self._key("prepare", step, micro)))
-        return batches
+            batch = self.objective.prepare(self._move(batch), self._key("prepare", step, micro))
+            batches.append(self._with_model(batch, self._key("collect", step, micro)))
+        return self.objective.agree(batches, self.mesh.sum)
+
+    @torch.no_grad()
+    def _with_model(self, batch: Batch, key: Key) -> Batch:
+        """The batch with what the objective collects from the model."""
+        if type(self.objective).collect is Objective.collect:
+            return batch
+        self._mode(training=False)
+        with autocast(self.device, self.spec):
+            batch = self.objective.collect(self.model, batch, key)
+        self._mode(training=True)
+        return batch
+
+    def _check_rounds(self) -> None:
+        rounds = self.objective.rounds
+        if self.spec.batch % rounds:
+            raise TorchstoneError(f"trainer.batch: {self.spec.batch} does not divide into {rounds} rounds of objective")
+        if self.mesh.ranks > 1:
+            raise TorchstoneError(
+                f"parallel.data: is {self.mesh.ranks}, and rows for {rounds} rounds are kept on one rank only"
+            )
 
     def _key(self, purpose: str, step: int, micro: int) -> Key:
         # k micro-batches on one rank and one on each of k ranks draw alike
@@ -303,7 +347,9 @@ class Trainer:
         self._mode(training=True)
         for number, batch in enumerate(self.source.train.evaluation(size, limit)):
             self.optim.zero_grad(set_to_none=True)
-            self.gradients([self.objective.prepare(self._move(batch), self.key.fold("pass", number))], number)
+            batch = self.objective.prepare(self._move(batch), self.key.fold("pass", number))
+            batch = self._with_model(batch, self.key.fold("pass collect", number))
+            self.gradients(self.objective.agree([batch], self.mesh.sum), number)
             yield
         self.optim.zero_grad(set_to_none=True)
         self._sums, self.carries = {}, {}
@@ -489,6 +535,10 @@ class Trainer:
                 for micro, carry in self.carries.items()
                 for name, value in carry.tensors().items()
             }
+        if self._collected:
+            out["collected"] = {
+                f"{micro}.{name}": value for micro, batch in enumerate(self._collected) for name, value in batch.items()
+            }
         if self.ema is not None:
             own = {name: value for name, value in self.ema.items() if name.startswith("objective.")}
             out["ema"] = {**out["model"], **{name: value for name, value in self.ema.items() if name not in own}}
@@ -538,6 +588,12 @@ class Trainer:
         if self.gate is not None:
             self.gate.restore(checkpoint.tensors.get("gate", {}))
         self._restore_carries(checkpoint.tensors.get("carry", {}))
+        self._collected = []
+        for full, value in sorted(checkpoint.tensors.get("collected", {}).items(), key=lambda pair: _order(pair[0])):
+            micro, _, name = full.partition(".")
+            if int(micro) == len(self._collected):
+                self._collected.append({})
+            self._collected[-1][name] = value.to(self.device)
         self.step = self._saved = checkpoint.step
         self.best = checkpoint.facts.get("best") if checkpoint.facts.get("best") is not None else math.inf  # type: ignore[assignment]
 

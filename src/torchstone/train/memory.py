@@ -141,6 +141,8 @@ def _activations(
 
     for stack in getattr(model, "stacks", {}).values():
         stack.recompute = recompute
+    if type(objective).collect is not Objective.collect:  # how long samples will be, nobody knows
+        return None
     try:
         with (
             warnings.catch_warnings(),

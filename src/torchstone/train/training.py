@@ -262,6 +262,8 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
         model=recipe.model,
         load=lambda run: RunFolder(run).require().model(),
         frequencies=(lambda: _frequencies(prepared.train, vocabulary)) if vocabulary is not None else None,
+        tokenizer=tokenizer,
+        rows=getattr(prepared, "rows", None),
     )
 
 
@@ -324,7 +326,9 @@ def _rehearse(
         )
     try:
         with torch.no_grad(), autocast(device, recipe.trainer):
-            objective(model, objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0)), None)
+            ready = objective.prepare({name: value.to(device) for name, value in batch.items()}, Key(0))
+            ready = objective.collect(model, ready, Key(0))
+            objective(model, objective.agree([ready], lambda x: x)[0], None)
     except KeyError as error:
         (column,) = error.args
         if column not in ("ids", "next", "pixels", "label") or column in batch:

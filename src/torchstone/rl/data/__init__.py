@@ -1,0 +1,1 @@
+"""Data that policies answer: prompts with whatever verifiers need to know."""

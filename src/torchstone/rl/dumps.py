@@ -1,0 +1,184 @@
+"""What can be done with a policy and with a file of its answers: sample and score, train on one batch of them again
+without a step, and keep the good ones as text to tune on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchstone.errors import TorchstoneError
+from torchstone.files import full_disk
+from torchstone.keys import Key
+from torchstone.objectives import Facts
+from torchstone.recipe import parse_yaml
+from torchstone.rl.data.prompts import prompts_of
+from torchstone.rl.objectives.policy_gradient import PolicyGradient, PolicyGradientSpec
+from torchstone.rl.reward import RewardSpec, Scorer
+from torchstone.rl.rollout import PolicySampling, rollout
+from torchstone.rl.trajectory import Trajectory, dump, read
+from torchstone.spec import Part, Spec, validate
+from torchstone.train.environment import choose_device
+from torchstone.train.run import RunFolder
+
+__all__ = ["filter_dump", "replay", "sample"]
+
+
+class _Rewards(Spec):
+    rewards: tuple[Part[RewardSpec], ...]
+
+
+def _writable(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise TorchstoneError(f"{out}: cannot be written; a file in a folder that exists is needed")
+
+
+def sample(
+    run: RunFolder,
+    prompts: Path,
+    out: Path,
+    *,
+    count: int = 8,
+    rewards: Sequence[str] = (),
+    field: str | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    device: str = "cpu",
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Answer prompts several times, score the answers and write them down.
+
+    Args:
+        run: whose policy answers.
+        prompts: JSON lines.
+        out: file of trajectories.
+        count: answers to each prompt.
+        rewards: rules, as ``math_answer`` or ``{kind: exact, pattern: "=(.*)"}``; none takes those that the run was
+            trained with.
+        field, template: where the prompt stands, and the text around it; as the run's own data have them if not given.
+        limit: prompts, at most.
+        seed: of the noise.
+        batch: prompts at once.
+        device: where the model runs.
+        sampling: fields of `PolicySampling`; those not given are the run's, if it was trained by policy gradients.
+
+    Raises:
+        TorchstoneError: nothing to score with, bad input, a file that cannot be written.
+    """
+    _writable(out)
+    run.require()
+    if count < 1 or batch < 1 or (limit is not None and limit < 1):
+        raise TorchstoneError(f"rl sample: n, batch and limit are 1 or more, not {count}, {batch}, {limit}")
+    own, data = run.recipe.objective, run.recipe.data
+    trained = own if isinstance(own, PolicyGradientSpec) else None
+    if rewards:
+        rules: Any = validate(_Rewards, {"rewards": [parse_yaml(text, "reward") for text in rewards]}).rewards
+    elif trained is not None:
+        rules = trained.rewards
+    else:
+        raise TorchstoneError("rl sample: needs a reward; this run was trained with none")
+    how = trained.sampling if trained is not None else PolicySampling()
+    how = validate(PolicySampling, {**how.dump(), **{name: v for name, v in sampling.items() if v is not None}})
+    same = data.kind == "prompts"
+    field = field or (data.prompt if same else "prompt")  # type: ignore[attr-defined]
+    template = template if template is not None or not same else data.template  # type: ignore[attr-defined]
+    rows, texts = prompts_of(str(prompts), field, template)
+    rows, texts = rows[:limit], texts[:limit]
+    scorer, numbered = Scorer(rules), dict(enumerate(rows))
+    scorer.check(numbered)
+    tokenizer, model = run.tokenizer(), run.model(device=choose_device(device)).eval()
+    ids = [[tokenizer.separator, *some] for some in tokenizer.encode_batch(texts)]
+    found: list[Trajectory] = []
+    for first in range(0, len(ids), batch):
+        some = range(first, min(first + batch, len(ids)))
+        found += rollout(
+            model, tokenizer, [ids[n] for n in some], some, count, how, Key(seed).fold("rl sample"), scorer, numbered
+        )
+    dump(out, found, how.dump())
+    return _summary(found, count)
+
+
+def _summary(found: Sequence[Trajectory], count: int) -> dict[str, Any]:
+    """Means over answers, and of prompts the share with a full reward among their first answers."""
+
+    def mean(values: Sequence[float | bool]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    names = list(found[0].rewards) if found else []
+    full: dict[int, bool] = {}
+    for each in found:
+        full[each.example] = full.get(each.example, False) or (each.rewards[names[0]] or 0.0) >= 1
+    rewards = {name: mean([v for each in found if (v := each.rewards[name]) is not None]) for name in names}
+    return {
+        "prompts": len(full),
+        "answers": len(found),
+        "rewards": rewards,
+        "reward": mean([each.reward for each in found if each.reward is not None]),
+        "pass@1": mean([(each.rewards[names[0]] or 0.0) >= 1 for each in found]),
+        f"pass@{count}": mean(list(full.values())),
+        "length": mean([len(each.ids) for each in found]),
+        "truncated": mean([each.truncated for each in found]),
+    }
+
+
+def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]:
+    """The loss of dumped answers, as the run's model and objective (or the plain one) have it, without a step.
+
+    Raises:
+        TorchstoneError: the file is none of trajectories, or was altered; answers of one prompt alone.
+    """
+    run.require()
+    found, settings = read(file)
+    own = run.recipe.objective
+    body = own.dump() if isinstance(own, PolicyGradientSpec) else {"rewards": [{"kind": "exact"}]}
+    # the rewards are those of the file, whatever would be given today
+    spec: Any = validate(PolicyGradientSpec, {**body, "sampling": settings, "kl": {}, "rounds": 1})
+    where = choose_device(device)
+    objective: Any = PolicyGradient(spec, Facts(tokenizer=run.tokenizer())).to(where)
+    objective.scorer = Scorer([])
+    model = run.model(device=where).eval()
+    objective.check(model)
+    plain = [replace(each, rewards={}) for each in found]
+    batch = objective.batch(model, plain, [each.example for each in found], where)
+    (batch,) = objective.agree([batch], lambda x: x)
+    counts = objective.counts(batch)
+    with torch.no_grad():
+        result = objective(model, batch, None)
+    term = result.terms["loss"]
+    row = {name: (total / count.clamp(min=1)).item() for name, (total, count) in result.metrics.items()}
+    loss = (term.weight * term.total / counts[term.over].clamp(min=1)).item()
+    return {"answers": len(found), "tokens": int(counts["targets"]), "loss": loss, **row}
+
+
+def filter_dump(file: Path, out: Path, *, at_least: float = 1.0, per_prompt: int | None = None) -> dict[str, int]:
+    """Write prompts and answers that score well enough as rows of data `responses`: rejection sampling.
+
+    Args:
+        file: of trajectories.
+        out: JSON lines with ``prompt`` and ``response``.
+        at_least: the least weighted reward that is kept.
+        per_prompt: different answers of a prompt that are kept, at most; the first.
+
+    Raises:
+        TorchstoneError: the file is none of trajectories; nothing is left.
+    """
+    _writable(out)
+    found, _ = read(file)
+    kept: dict[int, dict[str, str]] = {}
+    good = [each for each in found if each.reward is not None and each.reward >= at_least and not each.truncated]
+    for each in good:
+        mine = kept.setdefault(each.example, {})
+        if per_prompt is None or len(mine) < per_prompt:
+            mine.setdefault(each.text, each.prompt_text)
+    rows = [{"prompt": prompt, "response": text} for mine in kept.values() for text, prompt in mine.items()]
+    if not rows:
+        raise TorchstoneError(f"{file}: none of {len(found):,} answers has a reward of {at_least:g} or more")
+    with full_disk(out), open(out, "w", encoding="utf-8") as target:
+        target.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return {"answers": len(found), "good": len(good), "kept": len(rows), "prompts": len(kept)}

@@ -1,0 +1,1 @@
+"""Objectives over what the trained policy itself has written."""

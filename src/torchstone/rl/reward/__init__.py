@@ -1,0 +1,110 @@
+"""Rewards: what an answer is worth, by a rule over its text and the fields of its prompt.
+
+    reward = spec.build()
+    reward("<answer>4</answer>", {"answer": "4"})        # 1.0
+
+None says that the answer cannot be scored: it is then left out of its group's baseline and of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from torchstone.errors import TorchstoneError
+from torchstone.spec import PartSpec, lazy_parts
+
+__all__ = ["Reward", "RewardSpec", "Scorer"]
+
+__getattr__ = lazy_parts(__name__)
+
+Reward = Callable[[str, Mapping[str, Any]], float | None]
+"""From an answer and the fields of its prompt to what it is worth."""
+
+
+class RewardSpec(PartSpec):
+    """What an answer is worth."""
+
+    family: ClassVar[str] = "reward"
+    default_kind: ClassVar[str] = "exact"
+
+    weight: float = Field(1.0, ge=-1e6, le=1e6)
+    """How much it counts in the sum of all rewards."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Fields that every prompt has to have."""
+        return ()
+
+    def build(self) -> Reward:
+        """The rule.
+
+        Raises:
+            TorchstoneError: what it needs is not there.
+        """
+        raise NotImplementedError
+
+
+class Scorer:
+    """All rewards of a training, by name: the kind's, with a number from the second of one kind on.
+
+    Args:
+        specs: the rewards.
+
+    Raises:
+        TorchstoneError: what one needs is not there.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec]) -> None:
+        self.rules: dict[str, tuple[RewardSpec, Reward]] = {}
+        for spec in specs:
+            same = sum(known.kind == spec.kind for known, _ in self.rules.values())
+            self.rules[spec.kind if not same else f"{spec.kind}_{same + 1}"] = spec, spec.build()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards, in order."""
+        return list(self.rules)
+
+    def check(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Refuse prompts without the fields that rewards look at.
+
+        Raises:
+            TorchstoneError: names the first such row, and the field.
+        """
+        for name, (spec, _) in self.rules.items():
+            for number, row in rows.items():
+                if missing := next((field for field in spec.columns if field not in row), None):
+                    raise TorchstoneError(
+                        f"reward {name}: prompt {number} has no field {missing!r}; fields: "
+                        f"{', '.join(list(row)[:10]) or 'none'}"
+                    )
+
+    def score(self, text: str, row: Mapping[str, Any], number: int) -> dict[str, float | None]:
+        """Each reward of an answer to prompt `number`.
+
+        Raises:
+            TorchstoneError: a rule gave something else than a finite number or None; names the prompt.
+        """
+        found: dict[str, float | None] = {}
+        for name, (_, rule) in self.rules.items():
+            value = rule(text, row)
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                raise TorchstoneError(
+                    f"reward {name}: gave {value!r:.60} for an answer to prompt {number}; a finite number or None is "
+                    "needed"
+                )
+            found[name] = None if value is None else float(value)
+        return found
+
+    def total(self, rewards: Mapping[str, float | None]) -> float | None:
+        """The weighted sum; None as soon as one is None, for sums of different rewards do not compare."""
+        total = 0.0
+        for name, value in rewards.items():
+            if value is None:
+                return None
+            total += self.rules[name][0].weight * value
+        return total

@@ -1,0 +1,1 @@
+"""Answers of policies: sample, score, replay, keep the good ones."""

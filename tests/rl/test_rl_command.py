@@ -1,0 +1,80 @@
+"""Sampling, replaying and filtering: from a policy to text to tune on, by the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from torchstone.rl.trajectory import read
+from torchstone.train import training
+from torchstone.train.training import train
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
+    settings = {"steps": 1, "batch": 2, "device": "cpu", "threads": 1, "compile": "off"}
+    train(tiny.prompted(tmp_path, trainer=settings), out=tmp_path / "run", quiet=True)
+    return tmp_path / "run"
+
+
+def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    dumped, kept = tmp_path / "dump.jsonl", tmp_path / "kept.jsonl"
+    done = cli("rl", "sample", run, tmp_path / "sums.jsonl", "--n", 3, "--limit", 8, "--out", dumped, "--json")
+    assert done.status == 0, done.err
+    found, settings = read(dumped)
+    said = json.loads(done.out)
+    assert said["answers"] == len(found) == 24 and said["prompts"] == 8 and settings["max_new_tokens"] == 5
+    assert said["reward"] == pytest.approx(sum(each.reward or 0 for each in found) / 24)
+    assert said["rewards"] == {"language": pytest.approx(said["reward"])} and said["pass@3"] >= said["pass@1"]
+    assert [each.example for each in found] == [n // 3 for n in range(24)] and found[0].prompt_text == "0+0="
+
+    done = cli("rl", "replay", dumped, run, "--json")
+    again = json.loads(done.out)
+    assert again["answers"] == 24 and again["sampler_gap"] < 1e-5 and again["sampler_kl"] < 1e-9
+    assert again["tokens"] == sum(len(each.ids) for each in found) and abs(again["loss"]) < 1.0
+
+    text = dumped.read_text().replace('"finish": "length"', '"finish": "eos"')  # so that some are kept
+    dumped.write_text(text)
+    done = cli("rl", "filter", dumped, "--out", kept, "--at-least", 0.4, "--per-prompt", 2)
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    good = {(each.prompt_text, each.text) for each in found if (each.reward or 0) >= 0.4}
+    assert rows and {(row["prompt"], row["response"]) for row in rows} <= good
+    assert max(sum(row["prompt"] == one["prompt"] for row in rows) for one in rows) <= 2
+
+    made = tiny.recipe(tmp_path, trainer={"steps": 1})
+    made["data"] = {
+        "kind": "responses",
+        "path": str(kept),
+        "tokenizer": "bytes",
+        "block": 24,
+        "cache": str(tmp_path / "c"),
+    }
+    tuned = train({**made, "init_from": str(run)}, out=tmp_path / "tuned", quiet=True)
+    assert (tuned.path / "model.safetensors").exists()
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(run: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    sums, out = tmp_path / "sums.jsonl", tmp_path / "out.jsonl"
+    plain = tiny.saved(tmp_path / "plain", tiny.recipe(tmp_path)).path
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"a": 1}\n')
+    for arguments, match in (
+        (("sample", plain, sums, "--out", out), "needs a reward; this run was trained with none"),
+        (("sample", run, sums, "--out", out, "--reward", "nothing"), "no reward kind 'nothing'"),
+        (("sample", run, sums, "--out", out, "--reward", "{kind: exact, answer: x}"), "prompt 0 has no field 'x'"),
+        (("sample", run, sums, "--out", out, "--n", 0), "n, batch and limit are 1 or more"),
+        (("sample", run, sums, "--out", out, "--field", "q"), "no field 'q'"),
+        (("sample", run, sums, "--out", tmp_path / "no" / "x"), "cannot be written"),
+        (("replay", other, run), "line 1: no trajectory"),
+        (("filter", other, "--out", out), "line 1: no trajectory"),
+    ):
+        done = cli("rl", *arguments)
+        assert done.status == 2 and match in done.err.replace("\n", " "), done.err
+        assert not out.exists()
