@@ -23,6 +23,7 @@ from torchstone.recipe import Recipe, load_recipe
 from torchstone.spec import FAMILIES, kinds
 from torchstone.train.engine import Source, Trainer
 from torchstone.train.run import build_model
+from torchstone.vision.tokenizers import KMeansTokenizer
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS, ROWS, BLOCK, VOCABULARY = 10, 4, 12, 41
@@ -139,6 +140,15 @@ def cases() -> dict[str, dict[str, Any]]:
     images = {"kind": "mlp", "classes": 2, "channels": 2, "image": 8, "hidden": [16, 8], "rejection": {}}
     for name in ("adversarial", "rectified_rejection"):
         made[f"objective.{name}"] |= {"model": images, "data": {"kind": "images", "path": "none"}}
+    vae = {"kind": "discrete_vae", "codes": 8, "dim": 4, "width": 8, "stages": 1, "channels": 2, "image": 8}
+    made["objective.discrete_vae"] |= {"model": vae, "data": {"kind": "images", "path": "none"}}
+    grid = {"kind": "relative_2d", "side": 4}
+    patches = {**variants("embedding")["patch"], "mask_token": True}
+    made["objective.masked_image"] |= {
+        "model": {"causal": False, "embedding": patches, "head": {"tied": False}, "position": grid},
+        "data": {"kind": "images", "path": "none"},
+        "objective": {"kind": "masked_image", "tokenizer": "means", "mask": {"min_patches": 2}},
+    }
     encoder = {"causal": False, "head": {"kind": "mlm"}}
     made["objective.masked_lm"]["model"] = made["head.mlm"]["model"] = encoder
     made["objective.pseudo_masked"]["model"] = {**encoder, "position": "t5"}
@@ -201,9 +211,11 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
     recipe = recipe_of(sections)
     model = build_model(recipe.model, recipe.trainer.seed)
     another = build_model(recipe.model, recipe.trainer.seed + 1)
+    drawn = torch.rand(VOCABULARY, 8, generator=Key(0).fold("means").generator())
+    others = {"another": another, "means": KMeansTokenizer(drawn, 2, 2)}
     facts = Facts(
         VOCABULARY, 0, 1, 2, 2, "none",
-        lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
+        lambda run: others.get(run, build_model(recipe.model, recipe.trainer.seed)),
         recipe.model,
     )  # fmt: skip
     own = recipe.objective.kind in ("classification", "replaced_token")

@@ -237,9 +237,7 @@ def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:
     def stays(name: str) -> bool:
         return of_head(name) or (other and name in ("encoder.norm.weight", "encoder.norm.bias"))
 
-    load_weights(
-        model, file, source.path, new=lambda name: added(name) or of_head(name) or name in adopted, left=stays
-    )
+    load_weights(model, file, source.path, new=lambda name: added(name) or of_head(name) or name in adopted, left=stays)
     with torch.no_grad():
         for name, value in adopted.items():
             model.get_parameter(name).copy_(value)

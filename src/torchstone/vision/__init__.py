@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchstone.vision.probe import Probed, features, probe
+    from torchstone.vision.linear_probe import Probed, features, probe
     from torchstone.vision.tokenizers import KMeansTokenizer, fit_k_means, load_tokenizer
 
 __all__ = ["KMeansTokenizer", "Probed", "features", "fit_k_means", "load_tokenizer", "probe"]
@@ -21,5 +21,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    home = "probe" if name in ("Probed", "features", "probe") else "tokenizers"
+    home = "linear_probe" if name in ("Probed", "features", "probe") else "tokenizers"
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

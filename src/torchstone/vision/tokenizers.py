@@ -89,7 +89,9 @@ class KMeansTokenizer(nn.Module):
         except Exception as error:  # of a file of something else each step fails in a way of its own
             raise TorchstoneError(f"{path}: holds no k-means tokenizer ({type(error).__name__}: {error})") from None
         if means.dim() != 2 or means.shape[1] != channels * stride**2:
-            raise TorchstoneError(f"{path}: its means are {tuple(means.shape)}, patches {channels} x {stride} x {stride}")
+            raise TorchstoneError(
+                f"{path}: its means are {tuple(means.shape)}, patches {channels} x {stride} x {stride}"
+            )
         return cls(means, stride, channels)
 
 

@@ -50,12 +50,14 @@ class Relative2DSpec(PositionSpec):
 
     def unfit(self, tokens: int | None, context: int | None) -> str | None:
         if self.side is None and (tokens is None or context not in (None, tokens)):
-            return "position relative_2d: needs the side of its grid"
+            return "position relative_2d: needs `side`, the patches of a side of its grid"
         patches = None if tokens is None else tokens - self.class_token
         side = self.side or math.isqrt(patches or 0)
         if patches is not None and patches != side**2:
             one = " and a class token" if self.class_token else ""
-            return f"position relative_2d: a grid of {side} x {side} patches{one} is not the embedding's {tokens} tokens"
+            return (
+                f"position relative_2d: a grid of {side} x {side} patches{one} is not the embedding's {tokens} tokens"
+            )
         return None
 
     def build(self, dim: int, heads: int, width: int, context: int, causal: bool) -> Position:

@@ -1,7 +1,8 @@
 """A discrete variational autoencoder, whose codes are visual tokens (van den Oord et al. 2017, arXiv 1711.00937; with
 Gumbel-softmax, Jang et al. 2016, arXiv 1611.01144, as DALL-E has it, Ramesh et al. 2021, arXiv 2102.12092).
 
-    l = encoder(x),  q = softmax(l);   in training  y = softmax((l + g) / tau), g ~ Gumbel;   otherwise y = onehot(argmax l)
+    l = encoder(x),  q = softmax(l)
+    y = softmax((l + g) / tau), g ~ Gumbel,  in training;   y = onehot(argmax l)  otherwise
     x' = decoder(y C),  C the codebook
 
 Each stage of the encoder is a convolution that halves the picture, of the decoder one that doubles it; between them a

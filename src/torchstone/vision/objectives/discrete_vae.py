@@ -64,6 +64,9 @@ class DiscreteVAELoss(Objective):
         error = (at_least_float32(out.pixels) - pixels).square().sum()
         log_q_BKhh = at_least_float32(out.logits).log_softmax(1)
         kl_Bhh = math.log(log_q_BKhh.shape[1]) + (log_q_BKhh.exp() * log_q_BKhh).sum(1)
-        count = torch.tensor(kl_Bhh.numel())
         terms = {"reconstruction": Term(error, "pixels"), "divergence": Term(kl_Bhh.sum(), "tokens", self.spec.beta)}
-        return Result(terms, {"kl": (kl_Bhh.sum().detach(), count)})
+        return Result(terms, {"squared_error": (error.detach(), torch.tensor(pixels.numel()))})
+
+    def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
+        found = self(model, batch, None)
+        return Result(found.terms, scores=found.metrics)

@@ -81,7 +81,9 @@ class _Masked:
         """
         embedding = getattr(model, "embedding", None)
         if not isinstance(model, Transformer) or not isinstance(embedding, PatchEmbedding):
-            raise TorchstoneError("objective masked_image: needs a transformer over patches; set model.embedding: patch")
+            raise TorchstoneError(
+                "objective masked_image: needs a transformer over patches; set model.embedding: patch"
+            )
         if model.encoder is None or model.decoder is not None:
             raise TorchstoneError("objective masked_image: needs an encoder; set model.causal: false")
         if not embedding.spec.mask_token:
