@@ -190,6 +190,7 @@ LONG = {
     "getting-started.md",
     "harvest.md",
     "hugging-face.md",
+    "image-pretraining.md",
     "knowledge-neurons.md",
     "longmem.md",
     "multi-token-prediction.md",

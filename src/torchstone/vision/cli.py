@@ -22,7 +22,7 @@ def _images(data: str, **fields: Any) -> Any:
     from torchstone.spec import validate
 
     source = {"source": data} if data == "digits" and not Path(data).exists() else {"path": data}
-    return validate(ImagesDataSpec, {**source, **fields}).prepare()  # type: ignore[attr-defined]
+    return validate(ImagesDataSpec, {**source, **fields}).prepare()
 
 
 @app.command("k-means")

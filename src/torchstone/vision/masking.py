@@ -55,14 +55,15 @@ class MaskSpec(Spec):
             return f"mask.min_patches: {self.min_patches} are more than the {target} patches that are hidden"
         return None
 
-    def draw(self, side: int, key: Key) -> torch.Tensor:
-        """The mask of one picture, bool (side, side), True where a patch is hidden."""
+    def draw(self, rows: int, side: int, key: Key) -> torch.Tensor:
+        """Masks of so many pictures, bool (rows, side, side), True where a patch is hidden."""
         generator = key.numpy()
         if self.blocks:
-            return torch.from_numpy(self._blocks(side, generator))
-        hidden = np.zeros(side * side, bool)
-        hidden[generator.permutation(side * side)[: self.target(side)]] = True
-        return torch.from_numpy(hidden.reshape(side, side))
+            return torch.from_numpy(np.stack([self._blocks(side, generator) for _ in range(rows)]))
+        hidden = np.zeros((rows, side * side), bool)
+        for row in hidden:
+            row[generator.permutation(side * side)[: self.target(side)]] = True
+        return torch.from_numpy(hidden.reshape(rows, side, side))
 
     def _blocks(self, side: int, generator: np.random.Generator) -> np.ndarray:
         hidden, target = np.zeros((side, side), bool), self.target(side)

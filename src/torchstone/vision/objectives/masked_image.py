@@ -93,9 +93,8 @@ class _Masked:
 
     def masks(self, batch: Batch, key: Key) -> torch.Tensor:
         """Hidden patches (B, N)."""
-        rows = range(len(batch["pixels"]))
-        masked = [self.spec.mask.draw(self.grid.side, key.fold("mask", row)).flatten() for row in rows]
-        return torch.stack(masked).to(batch["pixels"].device)
+        masked_BSS = self.spec.mask.draw(len(batch["pixels"]), self.grid.side, key.fold("mask"))
+        return masked_BSS.flatten(1).to(batch["pixels"].device)
 
     def hidden(self, model: nn.Module, batch: Batch, key: Key | None) -> tuple[torch.Tensor, Any]:
         """The encoder's states of all patches (B, N, D), and what it gave."""
@@ -148,12 +147,15 @@ class MaskedImage(_Masked, WithReference):
         tokenizer: Any = self.reference
         return self.spec.view or self.grid.side * tokenizer.stride
 
+    @torch.no_grad()
+    def codes(self, view_BCJJ: torch.Tensor) -> torch.Tensor:
+        """Visual tokens (B, N) of the tokenizer's view."""
+        return self.reference.tokens(view_BCJJ).flatten(1)  # type: ignore[union-attr, operator]
+
     def prepare(self, batch: Batch, key: Key) -> Batch:
         drawn = key.fold("views") if self.training else None
         pixels, second = self.spec.views.draw(batch["pixels"], (self.grid.image, self.view), drawn)
-        with torch.no_grad():
-            codes_BN = self.reference.tokens(second).flatten(1)  # type: ignore[union-attr, operator]
-        masked_BN = self.masks(batch, key)
+        codes_BN, masked_BN = self.codes(second), self.masks(batch, key)
         return {
             **batch,
             "pixels": pixels,
@@ -193,7 +195,7 @@ class MaskedPixels(_Masked, Objective):
     def check(self, model: nn.Module) -> None:
         self._check(model)
         numbers = self.grid.channels * self.grid.patch**2
-        head = model.spec.head  # type: ignore[union-attr]
+        head: Any = model.spec.head  # type: ignore[union-attr]
         if head.kind != "token_classification" or head.classes != numbers:
             raise TorchstoneError(
                 f"objective masked_image: pixels of a patch are {numbers} numbers; set model.head: "
