@@ -89,7 +89,7 @@ def _exact(scale: Scale, first: int) -> Measured:
             "patches hidden, at most": float(max(counts)),
             "patches hidden, mean": float(np.mean(counts)),
             "patches hidden, median": float(np.median(counts)),
-            "loss of a fresh model over ln 8192": float(loss) / math.log(codes),
+            "loss of a fresh model over ln 8192": loss.item() / math.log(codes),
             "logits that pixels of hidden patches change": float((seen != changed).sum()),
             "logits that pixels in sight change, share": float(
                 (model(Patches(pixels.flip(0).double(), masked)).logits != seen).double().mean()
@@ -172,7 +172,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(150, 60, 1, 1, 1, (1e-3,), 0),
-    "evidence": _Size(1000, 150, 5, 3, 2, (3e-4, 1e-3, 3e-3), 2),
+    "evidence": _Size(600, 100, 5, 3, 2, (3e-4, 1e-3, 3e-3), 2),
 }
 _SHIFT, _TUNING = 100_000, 200_000
 """Distances of the null arm's seeds, and of those that rates are chosen by, from the others'."""
@@ -280,43 +280,131 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _digits(scale: Scale, first: int) -> Measured:
+Keep = Callable[[str, int, float], None]
+
+
+def _measured(scale: Scale, claim: str, fill: Callable[[_Size, Path, Keep], dict[str, float]]) -> Measured:
+    """What `fill` keeps by arm and seed, and the numbers that it gives."""
     if scale not in _SIZES:
-        raise TorchstoneError(f"claim digits-without-labels: has no scale {scale}; it has {', '.join(_SIZES)}")
-    size = _SIZES[scale]
+        raise TorchstoneError(f"claim {claim}: has no scale {scale}; it has {', '.join(_SIZES)}")
     values: dict[str, dict[int, float]] = {}
 
-    def keep(name: str, seed: int, value: float) -> None:
-        values.setdefault(name, {})[seed] = value
+    def keep(arm: str, seed: int, value: float) -> None:
+        values.setdefault(arm, {})[seed] = value
 
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = fill(_SIZES[scale], Path(folder), keep)
+    return Measured(numbers, values)
+
+
+def _linear_probe(scale: Scale, first: int) -> Measured:
+    def fill(size: _Size, folder: Path, keep: Keep) -> dict[str, float]:
+        losses = []
+        for seed in range(first, first + size.seeds):
+            run = _pretrained(size, seed, _TOKENS, folder)
+            losses.append(run.metrics()[-1]["test_loss"] / math.log(_CODES))
+            keep("pre-trained", seed, _probed(run.model(), seed))
+            keep("random features", seed, _probed(_random(size, seed), seed))
+            keep("pixels themselves", seed, _raw(seed))
+        for seed in range(first, first + size.control_seeds):
+            keep("random features again", seed, _probed(_random(size, seed + _SHIFT), seed))
+            run = _pretrained(size, seed, {"kind": "unpaired_views"}, folder)
+            keep("unpaired views", seed, _probed(run.model(), seed))
+        for name, objective in _ABLATIONS.items():
+            for seed in range(first, first + size.ablation_seeds):
+                keep(name, seed, _probed(_pretrained(size, seed, objective, folder).model(), seed))
+        return {"largest loss over ln V": max(losses)}
+
+    return _measured(scale, "linear-probe", fill)
+
+
+def _few_labels(scale: Scale, first: int) -> Measured:
+    def fill(size: _Size, folder: Path, keep: Keep) -> dict[str, float]:
         rate = _best(size, first, lambda seed: _pretrained(size, seed, _TOKENS, folder))
         scratch = _best(size, first, lambda seed: None)
         for seed in range(first, first + size.seeds):
             run = _pretrained(size, seed, _TOKENS, folder)
-            keep("loss over ln V", seed, run.metrics()[-1]["test_loss"] / math.log(_CODES))
-            keep("probe", seed, _probed(run.model(), seed))
-            keep("probe of random features", seed, _probed(_random(size, seed), seed))
-            keep("probe of pixels", seed, _raw(seed))
             keep("fine-tuned", seed, _tuned(size, seed, rate, run, "test"))
             keep("from scratch", seed, _tuned(size, seed, scratch, None, "test"))
         for seed in range(first, first + size.control_seeds):
-            keep("probe of random features again", seed, _probed(_random(size, seed + _SHIFT), seed))
             keep("from scratch again", seed, _tuned(size, seed + _SHIFT, scratch, None, "test"))
             run = _pretrained(size, seed, {"kind": "unpaired_views"}, folder)
-            keep("probe, unpaired views", seed, _probed(run.model(), seed))
             keep("fine-tuned, unpaired views", seed, _tuned(size, seed, rate, run, "test"))
-        for name, objective in _ABLATIONS.items():
-            for seed in range(first, first + size.ablation_seeds):
-                run = _pretrained(size, seed, objective, folder)
-                keep(f"probe, {name}", seed, _probed(run.model(), seed))
-    numbers = {
-        "largest loss over ln V": max(values["loss over ln V"].values()),
-        "rate, fine-tuned": rate,
-        "rate, from scratch": scratch,
-    }
-    return Measured(numbers, values)
+        return {"rate, fine-tuned": rate, "rate, from scratch": scratch}
+
+    return _measured(scale, "few-labels", fill)
 
 
-PAPER = None
+_TRAINED = (
+    *_BUILDS,
+    "torchstone.data.images",
+    "torchstone.objectives.classification",
+    "torchstone.train.optimizers.adamw",
+    "torchstone.vision.linear_probe",
+)
+_linear_probe.builds = _few_labels.builds = _TRAINED  # type: ignore[attr-defined]
+
+LINEAR_PROBE = Claim(
+    id="linear-probe",
+    kind="behaviour",
+    text="On 1,097 digits of 8 x 8 pixels without labels, a Transformer of 3 layers over patches of 2 x 2 that "
+    "predicts k-means codes of hidden patches gives features from which a linear map tells digits better than from the same "
+    "network's random features, by more than 10 points. A small shadow of the paper's claim: the pixels themselves, "
+    "centred as they are, do better than both and are measured beside it, as are single patches in the place of blocks "
+    "and pixels in the place of codes.",
+    figure="features of masked image modelling are linearly usable; without blocks 82.77 and with pixels 81.04 on "
+    "ImageNet-1K after fine-tuning, against 82.86",
+    gates=(
+        Effect(
+            "accuracy of a linear probe",
+            "pre-trained",
+            "random features",
+            margin=0.10,  # what would be worth the pre-training
+            null="random features again",
+            sabotage="unpaired views",
+            lower_is_better=False,
+        ),
+        Number("largest loss over ln V", high=0.7),
+    ),
+    run=_linear_probe,
+)
+
+FEW_LABELS = Claim(
+    id="few-labels",
+    kind="behaviour",
+    text="With 5 labels of each digit, tuning that network from its pre-training gives a higher accuracy than training "
+    "it from scratch, each at its own best learning rate.",
+    figure="83.2 top-1 on ImageNet-1K against 81.8 from scratch, in the base size",
+    gates=(
+        Effect(
+            "accuracy with 50 labels",
+            "fine-tuned",
+            "from scratch",
+            margin=0.0,
+            null="from scratch again",
+            sabotage="fine-tuned, unpaired views",
+            lower_is_better=False,
+        ),
+    ),
+    run=_few_labels,
+)
+
+PAPER = Paper(
+    slug="beit",
+    title="BEiT: BERT Pre-Training of Image Transformers",
+    authors="Hangbo Bao, Li Dong, Songhao Piao, Furu Wei",
+    year=2022,
+    link="https://arxiv.org/abs/2106.08254",
+    topics=("vision", "pre-training", "images"),
+    parts=(
+        "objective.masked_image",
+        "objective.discrete_vae",
+        "model.discrete_vae",
+        "position.relative_2d",
+        "residual.layer_scale",
+        "embedding.patch",
+    ),
+    summary="BERT for pictures: blocks of patches are hidden, and an encoder says which visual tokens a frozen image "
+    "tokenizer gives them.",
+    claims=(EXACT, LINEAR_PROBE, FEW_LABELS),
+)
