@@ -38,7 +38,7 @@ _PARTS: dict[str, Any] = {
     "position": {"kind": "relative_2d"},
     "ffn": {"kind": "mlp", "bias": True},
     "norm": "layernorm",
-    "residual": "layer_scale",
+    "residual": {"kind": "layer_scale"},
     "head": {"kind": "lm", "tied": False, "bias": True},
 }
 
@@ -231,7 +231,7 @@ def _tuned(size: _Size, seed: int, rate: float, run: RunFolder | None, split: st
     del body["objective"]["mask"]
     head = {"kind": "classification", "classes": 10, "pool": "patches", "norm": True, "scale": 0.001}
     own = {"position": {**_PARTS["position"], "shared": False}, "head": head}
-    body["model"] |= {**own, "residual": {"kind": "layer_scale", "final": False}}
+    body["model"] |= {**own, "residual": {**_PARTS["residual"], "final": False}}
     body["trainer"] |= {"steps": size.tuning_steps, "save_every": size.tuning_steps, "batch": 10 * _LABELS}
     decay = 1.0 if run is None else 0.75
     body["optimizer"] |= {"lr": rate, "layer_decay": decay}
@@ -348,8 +348,8 @@ LINEAR_PROBE = Claim(
     id="linear-probe",
     kind="behaviour",
     text="On 1,097 digits of 8 x 8 pixels without labels, a Transformer of 3 layers over patches of 2 x 2 that "
-    "predicts k-means codes of hidden patches gives features from which a linear map tells digits better than from the same "
-    "network's random features, by more than 10 points. A small shadow of the paper's claim: the pixels themselves, "
+    "predicts k-means codes of hidden patches gives features from which a linear map tells digits better than from the "
+    "same network's random features, by more than 10 points. A small shadow of the paper's claim: the pixels themselves, "
     "centred as they are, do better than both and are measured beside it, as are single patches in the place of blocks "
     "and pixels in the place of codes.",
     figure="features of masked image modelling are linearly usable; without blocks 82.77 and with pixels 81.04 on "
