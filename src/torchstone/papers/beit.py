@@ -153,8 +153,8 @@ class UnpairedViewsSpec(MaskedImageSpec):
 class UnpairedViews(MaskedImage):
     """Learns which codes are where in any picture, and nothing of this one."""
 
-    def codes(self, view_BCJJ: torch.Tensor) -> torch.Tensor:
-        return super().codes(view_BCJJ).roll(1, 0)
+    def visual_tokens(self, view_BCJJ: torch.Tensor) -> torch.Tensor:
+        return super().visual_tokens(view_BCJJ).roll(1, 0)
 
 
 @dataclass(frozen=True)

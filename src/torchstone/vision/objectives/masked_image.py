@@ -148,14 +148,14 @@ class MaskedImage(_Masked, WithReference):
         return self.spec.view or self.grid.side * tokenizer.stride
 
     @torch.no_grad()
-    def codes(self, view_BCJJ: torch.Tensor) -> torch.Tensor:
+    def visual_tokens(self, view_BCJJ: torch.Tensor) -> torch.Tensor:
         """Visual tokens (B, N) of the tokenizer's view."""
         return self.reference.tokens(view_BCJJ).flatten(1)  # type: ignore[union-attr, operator]
 
     def prepare(self, batch: Batch, key: Key) -> Batch:
         drawn = key.fold("views") if self.training else None
         pixels, second = self.spec.views.draw(batch["pixels"], (self.grid.image, self.view), drawn)
-        codes_BN, masked_BN = self.codes(second), self.masks(batch, key)
+        codes_BN, masked_BN = self.visual_tokens(second), self.masks(batch, key)
         return {
             **batch,
             "pixels": pixels,
