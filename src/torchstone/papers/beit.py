@@ -172,7 +172,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(150, 60, 1, 1, 1, (1e-3,), 0),
-    "evidence": _Size(600, 100, 5, 3, 2, (3e-4, 1e-3, 3e-3), 2),
+    "evidence": _Size(800, 200, 4, 3, 1, (3e-3, 1e-2), 1),
 }
 _SHIFT, _TUNING = 100_000, 200_000
 """Distances of the null arm's seeds, and of those that rates are chosen by, from the others'."""
@@ -259,8 +259,10 @@ def _probed(model: nn.Module, seed: int) -> float:
     return probe(model, _pictures(seed)).accuracy
 
 
-def _random(size: _Size, seed: int) -> nn.Module:
-    return build_model(load_recipe(_recipe(size, seed, {"kind": "masked_image", "tokenizer": "none"})).model, seed)
+def _random(size: _Size, seed: int, **first_values: float) -> nn.Module:
+    body = _recipe(size, seed, {"kind": "masked_image", "tokenizer": "none"})
+    body["model"]["residual"] = {**_PARTS["residual"], **first_values}
+    return build_model(load_recipe(body).model, seed)
 
 
 def _raw(seed: int) -> float:
@@ -305,6 +307,8 @@ def _linear_probe(scale: Scale, first: int) -> Measured:
             losses.append(run.metrics()[-1]["test_loss"] / math.log(_CODES))
             keep("pre-trained", seed, _probed(run.model(), seed))
             keep("random features", seed, _probed(_random(size, seed), seed))
+            # not small as first values of a network that trains have to be, random features are better
+            keep("random features of larger weights", seed, _probed(_random(size, seed, std=0.05, scale=1.0), seed))
             keep("pixels themselves", seed, _raw(seed))
         for seed in range(first, first + size.control_seeds):
             keep("random features again", seed, _probed(_random(size, seed + _SHIFT), seed))
@@ -349,9 +353,9 @@ LINEAR_PROBE = Claim(
     kind="behaviour",
     text="On 1,097 digits of 8 x 8 pixels without labels, a Transformer of 3 layers over patches of 2 x 2 that "
     "predicts k-means codes of hidden patches gives features from which a linear map tells digits better than from the "
-    "same network's random features, by more than 10 points. A small shadow of the paper's claim: the pixels, centred "
-    "as they are, do better than both and are measured beside it, as are single patches in the place of blocks and "
-    "pixels in the place of codes.",
+    "features of the same network before training, by more than 10 points. A small shadow of the paper's claim, and no claim of "
+    "usefulness here: the pixels themselves, and random features of larger first values, are measured beside it, as are "
+    "single patches in the place of blocks and pixels in the place of codes.",
     figure="features of masked image modelling are linearly usable; without blocks 82.77 and with pixels 81.04 on "
     "ImageNet-1K after fine-tuning, against 82.86",
     gates=(
@@ -364,7 +368,7 @@ LINEAR_PROBE = Claim(
             sabotage="unpaired views",
             lower_is_better=False,
         ),
-        Number("largest loss over ln V", high=0.7),
+        Number("largest loss over ln V", high=0.75),
     ),
     run=_linear_probe,
 )
