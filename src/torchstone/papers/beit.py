@@ -353,9 +353,9 @@ LINEAR_PROBE = Claim(
     kind="behaviour",
     text="On 1,097 digits of 8 x 8 pixels without labels, a Transformer of 3 layers over patches of 2 x 2 that "
     "predicts k-means codes of hidden patches gives features from which a linear map tells digits better than from the "
-    "features of the same network before training, by more than 10 points. A small shadow of the paper's claim, and no claim of "
-    "usefulness here: the pixels themselves, and random features of larger first values, are measured beside it, as are "
-    "single patches in the place of blocks and pixels in the place of codes.",
+    "features of the same network before training, by more than 10 points. A small shadow of the paper's claim, "
+    "and no claim of usefulness here: the pixels themselves, and random features of larger first values, are measured "
+    "beside it, as are single patches in the place of blocks and pixels in the place of codes.",
     figure="features of masked image modelling are linearly usable; without blocks 82.77 and with pixels 81.04 on "
     "ImageNet-1K after fine-tuning, against 82.86",
     gates=(
