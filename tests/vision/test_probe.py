@@ -67,6 +67,10 @@ def test_verbs(tmp_path: Path, cli: Callable[..., Any]) -> None:
     assert 0 <= found["accuracy"] <= 1 and found["layer"] == -1
     other = cli("vision", "probe", str(run.path), data)
     assert other.status == 0 and "accuracy" in other.out
+    text = tiny.saved(tmp_path / "text", tiny.recipe(tmp_path))
+    for more, why in (((), "its data are tokens, not images"), ((data,), "needs an encoder over patches")):
+        wrong = cli("vision", "probe", str(text.path), *more)
+        assert wrong.status == 2 and why in wrong.err
     wrong = cli("vision", "probe", str(run.path), "nowhere")
     assert wrong.status == 2 and "no such file or folder" in wrong.err
 

@@ -58,13 +58,18 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")] = False,
 ) -> None:
     """Linear probe: fit logistic regression on a frozen encoder's features of labelled pictures."""
+    from torchstone.errors import TorchstoneError
     from torchstone.train.environment import choose_device
     from torchstone.train.run import RunFolder
     from torchstone.vision.linear_probe import probe as measure
 
     folder = RunFolder(run).require()
-    prepared = folder.recipe.data.prepare() if data is None else _images(data)
-    found = measure(folder.model(device=choose_device(device)), prepared, layer=layer, batch=batch)
+    own = folder.recipe.data
+    if data is None and own.example != "images":
+        raise TorchstoneError(f"{run}: its data are {own.example}, not images; name labelled images to probe it with")
+    model = folder.model(device=choose_device(device))
+    prepared = own.prepare() if data is None else _images(data)
+    found = measure(model, prepared, layer=layer, batch=batch)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return

@@ -52,6 +52,13 @@ class Probed:
     width: int
 
 
+def _check(model: Any) -> None:
+    if not isinstance(model, Transformer) or not isinstance(model.embedding, PatchEmbedding) or model.encoder is None:
+        raise TorchstoneError(
+            "probe: needs an encoder over patches (a transformer with embedding patch, causal: false)"
+        )
+
+
 @torch.no_grad()
 def features(model: Any, pixels_BCII: torch.Tensor, layer: int | None = None) -> torch.Tensor:
     """The mean of a picture's patches (B, D), after a layer (from 0; negative ones count from the end), or after the
@@ -60,10 +67,7 @@ def features(model: Any, pixels_BCII: torch.Tensor, layer: int | None = None) ->
     Raises:
         TorchstoneError: the model is no encoder of pictures, or has no such layer.
     """
-    if not isinstance(model, Transformer) or not isinstance(model.embedding, PatchEmbedding) or model.encoder is None:
-        raise TorchstoneError(
-            "probe: needs an encoder over patches (a transformer with embedding patch, causal: false)"
-        )
+    _check(model)
     depth, patches = len(model.encoder.layers), model.embedding.spec.side**2
     if layer is None:
         return model(pixels_BCII, outputs="none").hidden[:, -patches:].mean(1)
@@ -85,12 +89,13 @@ def probe(model: Any, prepared: Any, *, layer: int | None = None, batch: int = 2
         batch: pictures at once.
 
     Raises:
-        TorchstoneError: scikit-learn is missing; a split or the labels are.
+        TorchstoneError: scikit-learn is missing; a split or the labels are; the model is no encoder of pictures.
     """
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
         raise TorchstoneError("probe: needs scikit-learn: pip install 'torchstone[claims]'") from None
+    _check(model)
     if not len(prepared.test):
         raise TorchstoneError("probe: the data have no test split")
     device = next(model.parameters()).device
