@@ -48,6 +48,9 @@ class OptimizerSpec(PartSpec):
     """Peak learning rate."""
     weight_decay: float = Field(0.1, ge=0, le=10)
     """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate for each layer that a parameter lies below the top: less for what was learned before
+    (BEiT, ELECTRA). Heads have the whole rate, layer l of L the factor to the power of L + 1 - l, embeddings L + 1."""
 
     def build(self, named: Any) -> Any:
         """A torch optimizer for these `NamedParameter`s."""

@@ -71,7 +71,7 @@ FAMILIES: dict[str, str] = {
     "tokenizer": "torchstone.data.tokenizers",
 }
 """Family name -> the package that holds one file per kind."""
-WINGS = ("adapt", "compress", "rl", "interpret", "trust", "domains")
+WINGS = ("adapt", "compress", "rl", "interpret", "trust", "domains", "vision")
 """Packages whose folders may hold kinds too, each in one named as the family's own."""
 
 _ROOTS: dict[str, type[PartSpec]] = {}

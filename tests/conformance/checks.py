@@ -216,9 +216,11 @@ def further(model: Transformer, x: torch.Tensor, output: Output, key: torch.Tens
 
 
 def met(case: Case, model: Transformer) -> dict[str, torch.nn.Parameter]:
-    """Parameters that the inputs meet: all, but for those of pictures (test_vision_language.py has them)."""
-    pictures = ("class_token", "mask_token", "vision_positions", "project.weight", "project.bias")
+    """Parameters that the inputs meet: all, but for those of pictures beside texts (test_vision_language.py has them),
+    and of masked patches (test_masked_image.py)."""
+    pictures = ("class_token", "vision_positions", "project.weight", "project.bias")
     beside = {f"embedding.{name}" for name in pictures} if case.spec().embedding.kind == "vision_language" else set()
+    beside.add("embedding.mask_token")
     return {name: parameter for name, parameter in model.named_parameters() if name not in beside}
 
 

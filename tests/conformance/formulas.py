@@ -19,7 +19,8 @@ def _softmax(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     H, G = spec.heads, spec.kv_heads or spec.heads
     K = spec.head_dim or D // H
     total = D * H * K + 2 * (memory or D) * G * K + H * K * D
-    total += (H * K + 2 * G * K) * (spec.bias != "none") + D * (spec.bias == "all")
+    total += H * K * (spec.bias != "none") + G * K * ((spec.bias != "none") + (spec.bias in ("qkv", "all")))
+    total += D * (spec.bias in ("qvo", "all"))
     return total + 2 * of(layer.norm)(layer.norm, K) * spec.qk_norm
 
 
@@ -38,7 +39,7 @@ def _given_probs(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int
         return _softmax(spec, layer, D, memory)
     H, G = spec.heads, spec.kv_heads or spec.heads
     K = spec.head_dim or D // H
-    return D * G * K + H * K * D + G * K * (spec.bias != "none") + D * (spec.bias == "all")
+    return D * G * K + H * K * D + G * K * (spec.bias != "none") + D * (spec.bias in ("qvo", "all"))
 
 
 def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
@@ -48,7 +49,7 @@ def _retention(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
 
 def _shared_kv(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
     H, K = spec.heads, spec.head_dim or D // spec.heads
-    bias = H * K * (spec.bias != "none") + D * (spec.bias == "all")
+    bias = H * K * (spec.bias != "none") + D * (spec.bias in ("qvo", "all"))
     return 2 * D * H * K + bias + of(layer.norm)(layer.norm, K) * spec.qk_norm
 
 
@@ -59,7 +60,7 @@ def _yoco(spec: Any, layers: Sequence[LayerSpec], D: int, V: int) -> int:
     G, K = attention.kv_heads or attention.heads, attention.head_dim or D // attention.heads
     norms = _before(layer)(layer.norm, D) + of(layer.norm)(layer.norm, K) * attention.qk_norm
     adapted = of(layer.linear)(layer.linear, [(D, G * K, "k"), (D, G * K, "v")])
-    return norms + 2 * D * G * K + 2 * G * K * (attention.bias != "none") + adapted
+    return norms + 2 * D * G * K + G * K * sum(attention.biased("k", "v")) + adapted
 
 
 def _mla(spec: Any, layer: LayerSpec, D: int, memory: int | None) -> int:
@@ -202,6 +203,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("norm", "layernorm"): lambda spec, D: D * (spec.gain + spec.bias),
     # norms around one sublayer, the final one, and those before output projections of all but cross-attentions
     ("residual", "pre"): lambda spec: (1, 1, 0),
+    ("residual", "layer_scale"): lambda spec: (1, spec.final, 0),
     ("residual", "post"): lambda spec: (1, 0, 0),
     ("residual", "sandwich"): lambda spec: (2, 1, 0),
     ("residual", "deepnorm"): lambda spec: (1, 0, 0),
@@ -219,15 +221,20 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "sinusoidal"): lambda spec, D, H, context: 0,
     ("position", "learned"): lambda spec, D, H, context: context * D,
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
+    ("position", "relative_2d"): lambda spec, D, H, context: ((2 * spec.side - 1) ** 2 + 3 * spec.class_token) * H,
     ("embedding", "token"): _tokens,
-    ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
+    ("embedding", "patch"): lambda spec, D, V: (
+        spec.channels * spec.patch**2 * D + D + D * spec.class_token + D * spec.mask_token
+    ),
     # ids, patches with their bias, class and mask, places of both sides
     ("embedding", "vision_language"): lambda spec, D, V: (
         D * (V + spec.channels * spec.patch**2 + 1 + 2 + 1 + spec.patches + spec.positions)
     ),
     ("head", "lm"): lambda spec, D, V, norm, E: 0 if spec.tied else V * D + V * spec.bias,
     ("head", "mlm"): lambda spec, D, V, norm, E: D * E + E + of(norm)(norm, E) + V + (0 if spec.tied else V * E),
-    ("head", "classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.pooler,
+    ("head", "classification"): lambda spec, D, V, norm, E: (
+        (D + 1) * spec.classes + (D * D + D) * spec.pooler + of(norm)(norm, D) * spec.norm
+    ),
     ("head", "token_classification"): lambda spec, D, V, norm, E: (D + 1) * spec.classes + (D * D + D) * spec.transform,
     # what a stack has besides its layers
     ("stack", "plain"): lambda spec, layers, D, V: 0,
@@ -259,7 +266,7 @@ def _around(layer: LayerSpec) -> tuple[int, int]:
     around, _, inside = of(layer.residual)(layer.residual)
     if not layer.linear.owns_norm:
         return around, inside
-    return around - (layer.residual.kind in ("pre", "sandwich", "subln", "weighted")), 0
+    return around - (layer.residual.kind in ("pre", "sandwich", "subln", "weighted", "layer_scale")), 0
 
 
 def _mechanisms(layer: LayerSpec) -> int:
@@ -273,7 +280,7 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
         return _layer_of_mechanisms(layer, D, memory, V)
     around, inside = _around(layer)
     joins, attentions, crosses, ffns = of(layer.block)(layer.block, memory)
-    total = joins * around * of(layer.norm)(layer.norm, D)
+    total = joins * around * of(layer.norm)(layer.norm, D) + _scales(layer, D, memory)
     total += attentions * of(layer.attention)(layer.attention, layer, D, None)
     total += crosses * of(layer.attention)(layer.attention, layer, D, D)
     total += ffns * of(layer.ffn)(layer.ffn, D, V)
@@ -286,6 +293,11 @@ def of_layer(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
     total += sum(inside * of(layer.norm)(layer.norm, inputs) for inputs in written)
     projections += crosses * of_attention(layer.attention, D, D)
     return total + of(layer.linear)(layer.linear, projections)
+
+
+def _scales(layer: LayerSpec, D: int, memory: bool) -> int:
+    """Vectors that weigh what sublayers write."""
+    return of(layer.block)(layer.block, memory)[0] * D * (layer.residual.kind == "layer_scale")
 
 
 def _side(spec: Any, layers: Any, D: int, V: int) -> int:
@@ -316,7 +328,7 @@ def _layer_of_mechanisms(layer: LayerSpec, D: int, memory: bool, V: int) -> int:
         around, inside = _around(layer)
         adapted = of(layer.linear)(layer.linear, [(W, E, "q"), (W, E, "k"), (W, E, "v"), (E, W, "out")])
         norms = around * of(layer.norm)(layer.norm, W) + inside * of(layer.norm)(layer.norm, E)
-        total += M * (4 * W * E + adapted + norms)
+        total += M * (4 * W * E + adapted + norms + W * (layer.residual.kind == "layer_scale"))
     return total
 
 
@@ -330,13 +342,18 @@ def parameters(spec: TransformerSpec) -> int:
         plan = [planned.spec for planned in spec.stack.plan(layers, D, side == "decoder")] if layers else []
         ways = getattr(spec.stack, "modalities", 1)  # of each projection and norm
         total += ways * sum(of_layer(layer, D, memory, V) for layer in plan)
+        if ways > 1:
+            total -= (ways - 1) * sum(_scales(layer, D, memory) for layer in plan)
         if plan:
             _, final, _ = of(plan[-1].residual)(plan[-1].residual)
             total += ways * final * of(plan[-1].norm)(plan[-1].norm, D)
-            heads = {(_mechanisms(layer), layer.attention.heads, layer.attention.head_size(D)) for layer in plan}
-            for _, H, _ in (
-                heads if plan[0].position.gives == "bias" else [(0, 0, 0)]
-            ):  # each sort of heads has a module
+            of_stack: Any = spec.stack
+            beside = of_stack.predictors if of_stack.kind == "multi_token" else 0
+            beside += len(plan) // of_stack.reduction if of_stack.kind == "longmem" else 0
+            asking = [*plan, *[plan[-1]] * beside]
+            heads = [(_mechanisms(layer), layer.attention.heads, layer.attention.head_size(D)) for layer in asking]
+            heads = heads if plan[0].position.scope == "layer" else list(set(heads))  # each sort of heads has a module
+            for _, H, _ in heads if plan[0].position.gives == "bias" else [(0, 0, 0)]:
                 total += of(plan[0].position)(plan[0].position, E, H, spec.context)
             total += of(spec.stack)(spec.stack, layers, D, V)
     return total

@@ -25,6 +25,7 @@ from conformance.variants import EXPERTS, layout, layouts, variants
 from torchstone.keys import Key
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
+from torchstone.model.embedding.patch import Patches
 from torchstone.model.embedding.vision_language import VisionLanguage
 from torchstone.model.position import Positions
 from torchstone.model.site import Site, initialise
@@ -106,9 +107,13 @@ def softmax_by_hand(
     state = {name: array(value) for name, value in module.state_dict().items()}
     if memory_SD is None:
         source, W, b = x_TD, list(state["qkv.weight"]), state.get("qkv.bias", np.zeros(H * K + 2 * G * K))
+        if spec.bias == "qvo":
+            b = np.concatenate([b[: H * K], np.zeros(G * K), b[H * K :]])
     else:
         source, W = memory_SD, [*state["q.weight"], *state["kv.weight"]]
-        b = np.concatenate([state.get("q.bias", np.zeros(H * K)), state.get("kv.bias", np.zeros(2 * G * K))])
+        of_kv = state.get("kv.bias", np.zeros(2 * G * K))
+        of_kv = np.concatenate([np.zeros(G * K), of_kv]) if spec.bias == "qvo" else of_kv
+        b = np.concatenate([state.get("q.bias", np.zeros(H * K)), of_kv])
     out = np.zeros((len(x_TD), H * K))
     for t, h in product(range(len(x_TD)), range(H)):
         g = h // (H // G)
@@ -472,6 +477,23 @@ def _() -> None:
             same(bias[0, :, i, s], wanted, f"query {t}, key {s}, {spec}, causal={causal}")
 
 
+@oracle("position", "relative_2d")
+def _() -> None:
+    for spec in specs("position", "relative_2d"):
+        S, one = spec.side, spec.class_token
+        module = ready(spec.build(8, 3, 32, 64, False))
+        places = [None] * one + list(product(range(S), range(S)))
+        numbers = {offset: n for n, offset in enumerate(product(range(1 - S, S), repeat=2))}
+        tokens, at = Tokens.blank(len(places)), len(numbers)
+        bias = module.bias(tokens, tokens)
+        for (t, a), (s, b) in product(enumerate(places), enumerate(places)):
+            if a is None or b is None:
+                row = at + (2 if a is b else 0 if a is None else 1)
+            else:
+                row = numbers[a[0] - b[0], a[1] - b[1]]
+            same(bias[0, :, t, s], module.weight[row], f"{a} sees {b}, {spec}")
+
+
 @oracle("position", "learned")
 def _() -> None:
     module = ready(resolve("position", "learned")().build(8, 4, 32, 64, True))
@@ -773,6 +795,15 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @oracle("residual", "pre")
 def _() -> None:
     assert not isinstance(joined("pre", lambda x, f, m: x + f(rms(x, m.norm.weight))), nn.Identity)
+
+
+@oracle("residual", "layer_scale")
+def _() -> None:
+    def rule(x: torch.Tensor, f: Any, m: Any) -> torch.Tensor:
+        return x + m.gamma * f(rms(x, m.norm.weight))
+
+    assert not isinstance(joined("layer_scale", rule), nn.Identity)
+    assert isinstance(resolve("residual", "layer_scale")(final=False).final_norm(Site(width=32)), nn.Identity)
 
 
 @oracle("residual", "post")
@@ -1124,10 +1155,16 @@ def _() -> None:
             patch = torch.stack([
                 pixels[b, c, 2 * i + di, 2 * j + dj] for c, di, dj in product(range(2), range(2), range(2))
             ])  # fmt: skip
-            rows[b].append(m.project.weight @ patch + m.project.bias)
-        wanted = torch.stack([torch.stack(row) for row in rows])
-        tokens = m.tokens(pixels)
-        same(m(pixels, tokens, None, Context.alone(wanted)), wanted, str(spec))
+            mean, std = (torch.tensor(values).repeat(2)[:2].repeat_interleave(4) for values in (spec.mean, spec.std))
+            hidden = spec.mask_token and (b, i, j) in ((0, 1, 2), (1, 3, 0))
+            made = m.project.weight @ ((patch - mean) / std) + m.project.bias
+            rows[b].append(m.mask_token if hidden else made)
+        wanted, inputs = torch.stack([torch.stack(row) for row in rows]), pixels
+        if spec.mask_token:
+            masked = torch.zeros(2, 16, dtype=torch.bool)
+            masked[0, 6] = masked[1, 12] = True
+            inputs = Patches(pixels, masked)
+        same(m(inputs, m.tokens(inputs), None, Context.alone(wanted)), wanted, str(spec))
 
 
 @oracle("embedding", "vision_language")

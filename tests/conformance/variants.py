@@ -21,6 +21,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "unscaled": {"scale": 1.0},
         "biases": {"bias": "all"},
         "head_dim": {"head_dim": 6, "bias": "qkv"},
+        "no_key_bias": {"bias": "qvo"},
         "all": {"kv_heads": 2, "window": 3, "qk_norm": True, "softcap": 3.0, "bias": "all"},
     },
     ("attention", "retention"): {
@@ -60,6 +61,12 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "fast": {"scale_base": 0.2, "gamma": 0.3},
     },
     ("position", "t5"): {"few": {"buckets": 8, "far": 10}},
+    # grids of the patches below; ids are then places of the grid
+    ("position", "relative_2d"): {
+        "default": {"side": 4},
+        "layers": {"side": 4, "shared": False},
+        "bare": {"side": 4, "class_token": False},
+    },
     ("scaling", "linear"): {"default": {"factor": 4.0}},
     ("scaling", "ntk"): {"default": {"factor": 4.0}},
     ("scaling", "yarn"): {"default": {"factor": 4.0, "original": 16}},
@@ -90,6 +97,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     },
     ("linear", "fp8_block"): {"small": {"tile": 5}, "power_of_two": {"tile": 8, "power_of_two": True}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
+    ("residual", "layer_scale"): {"bare": {"scale": 1e-2, "final": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},
     ("residual", "deepnorm"): {"set": {"alpha": 3.0, "beta": 0.5}},
     ("residual", "subln"): {"xavier": {"gamma": 1.0}},
@@ -99,7 +107,11 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "scaled": {"scale": True},
         "sized": {"size": 12, "types": 2, "norm": "layernorm"},
     },
-    ("embedding", "patch"): {"default": {"image": 8, "patch": 2, "channels": 2}, "bare": {"class_token": False}},
+    ("embedding", "patch"): {
+        "default": {"image": 8, "patch": 2, "channels": 2},
+        "bare": {"image": 8, "patch": 2, "channels": 2, "class_token": False},
+        "masked": {"image": 8, "patch": 2, "channels": 2, "mask_token": True, "mean": [0.5], "std": [0.5, 2.0]},
+    },
     ("embedding", "vision_language"): {
         "default": {"image": 8, "patch": 4, "channels": 2, "positions": 48},
         "scaled": {"image": 4, "patch": 2, "channels": 1, "positions": 48, "scale": True},
@@ -110,6 +122,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "mean": {"pool": "mean", "classes": 3},
         "pooler": {"pool": "last", "pooler": True},
         "gelu": {"pooler": True, "activation": "gelu"},
+        "patches": {"pool": "patches", "norm": True, "scale": 0.1},
     },
     ("stack", "hysparse"): {  # the defaults are for long sequences and more layers than two
         "default": {"sparse_per_full": 1, "final_full": False, "block": 2, "top_tokens": 4, "window": 3},
@@ -153,8 +166,6 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "retention": {"self_layers": 1, "self_attention": {"kind": "retention", "heads": 4, "chunk": 3}},
     },
 }
-VARIANTS["embedding", "patch"]["bare"] |= {"image": 8, "patch": 2, "channels": 2}
-
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "": {},

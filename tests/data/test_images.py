@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from torchstone.data.images import ImagesDataSpec, PreparedImages
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
@@ -109,6 +110,20 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b" / "1.png").unlink()
     picture(tmp_path / "b.png", 3, "L")
     assert "b.png is in no folder of a class" in refusal()
+
+
+def test_without_labels_no_class_is_asked_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", x=np.zeros((9, 4, 4)))
+    data = ImagesDataSpec(path=str(tmp_path / "some.npz"), labels=False).prepare()
+    assert data.sizes == {"channels": 1, "image": 4} and "no classes" in data.description
+    assert (every(data.train)["label"] == -100).all()
+    for number in range(6):
+        picture(tmp_path / "files" / f"{number}.png", number, "L")
+    picture(tmp_path / "files" / "deep" / "down" / "6.png", 6, "L")
+    assert len(ImagesDataSpec(path=str(tmp_path / "files"), labels=False, valid=0, test=0).prepare().train) == 7
+    recipe = {"data": {"kind": "images", "path": str(tmp_path / "some.npz"), "labels": False}}
+    with pytest.raises(TorchstoneError, match="needs data with labels"):
+        tiny.trainer({"model": {"kind": "mlp", "classes": 2}, "objective": {"kind": "classification"}, **recipe})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
         VOCABULARY, 0, 1, 2, 2, "none",
         lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
         recipe.model,
-        **({} if case is None else case.facts),
     )  # fmt: skip
+    facts = replace(facts, **({} if case is None else case.facts))
     classifies = head_of(recipe).endswith("classification") and recipe.objective.kind == "causal_lm"
     objective = Classify() if classifies else recipe.objective.build(facts)
     source = Source(batches_of(recipe))

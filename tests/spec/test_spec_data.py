@@ -231,7 +231,7 @@ def test_schema_holds_bounds_and_part_fields(schema: dict[str, Any]) -> None:
     assert schema["properties"]["width"]["minimum"] == 1
     assert schema["properties"]["attention"]["$ref"] == "#/$defs/attention"
     assert schema["$defs"]["attention.softmax"]["properties"]["heads"]["minimum"] == 1
-    assert schema["$defs"]["head.classification"]["properties"]["pool"]["enum"] == ["first", "last", "mean"]
+    assert schema["$defs"]["head.classification"]["properties"]["pool"]["enum"] == ["first", "last", "mean", "patches"]
 
 
 def test_schema_of_an_optional_part_allows_none(schema: dict[str, Any]) -> None:

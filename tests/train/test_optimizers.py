@@ -44,6 +44,18 @@ def test_every_parameter_is_named_once_and_a_tied_matrix_counts_once() -> None:
     assert len({id(p.value) for p in named.values()}) == len(named)
 
 
+@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.1, layer_decay=0.5), MuonSpec(lr=0.1, layer_decay=0.5)])
+def test_layers_below_the_top_have_smaller_rates(spec: Any) -> None:
+    model, _ = named_of()
+    named = {p.name: p for p in named_parameters([("", model)], spec.layer_decay)}
+    wanted = {"embedding": 1 / 8, "decoder.positions": 1 / 8, "decoder.layers.0": 1 / 4, "decoder.layers.1": 1 / 2}
+    for name, p in named.items():
+        assert p.rate == next((rate for start, rate in wanted.items() if name.startswith(start)), 1.0), name
+    peaks = {id(p): group["peak"] for group in spec.build(list(named.values())).param_groups for p in group["params"]}
+    assert all(peaks[id(p.value)] == pytest.approx(0.1 * p.rate) for p in named.values())
+    assert {p.rate for p in named_parameters([("", model)])} == {1.0}
+
+
 def test_names_carry_no_prefix_of_a_wrapper() -> None:
     model, named = named_of()
     assert set(named) == {p.name for p in named_parameters([("", torch.compile(model))])}

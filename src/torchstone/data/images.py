@@ -1,4 +1,4 @@
-"""Images with a label each, for classifiers: scikit-learn's digits, folders of files, or arrays.
+"""Images, with a label each or without: scikit-learn's digits, folders of files, or arrays.
 
 Where files lie in folders ``train``, ``valid`` and ``test``, each of them with a folder a class, these are the splits.
 Otherwise, and for what is missing of them, shares are drawn by `seed`. All images are kept in memory.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from torchstone.data.blocks import shuffled
+from torchstone.data.blocks import IGNORE, shuffled
 from torchstone.data.corpora._files import walk
 from torchstone.data.hashing import digest, permute
 from torchstone.data.spec import DataSpec
@@ -37,7 +37,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class ImagesDataSpec(DataSpec):
-    """Square images, each with the number of its class."""
+    """Square images, each with the number of its class, or without."""
 
     example: ClassVar[str] = "images"
     fills: ClassVar[tuple[str, ...]] = ("classes", "channels", "image")
@@ -51,6 +51,9 @@ class ImagesDataSpec(DataSpec):
     """Share of the images that is for validation, where they do not lie in folders of their own."""
     test: float = Field(0.2, ge=0, lt=1)
     """Share of the images that is for the test, where they do not lie in folders of their own."""
+    labels: bool = True
+    """Whether images have classes. Without, files may lie in any folders, an .npz file needs no `y`, and what classes
+    there are is not looked at."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the split. The trainer's seed only orders the images of train."""
 
@@ -73,11 +76,12 @@ class ImagesDataSpec(DataSpec):
         if self.source is not None:
             read = _digits()
         else:
-            read = _folder(Path(plain)) if os.path.isdir(plain) else _array(Path(plain))
-        pixels, label = read.pixels_NCII, read.label_N
-        _check(pixels, label, name)
+            read = _folder(Path(plain), self.labels) if os.path.isdir(plain) else _array(Path(plain), self.labels)
+        pixels, label = read.pixels_NCII, read.label_N if self.labels else np.full_like(read.label_N, IGNORE)
+        _check(pixels, label if self.labels else None, name)
         split_N = _split(read.split_N, self)
-        sizes = {"classes": int(label.max()) + 1, "channels": pixels.shape[1], "image": pixels.shape[2]}
+        sizes = {"channels": pixels.shape[1], "image": pixels.shape[2]}
+        sizes |= {"classes": int(label.max()) + 1} if self.labels else {}
         splits = {side: Images(pixels, label, np.flatnonzero(split_N == i)) for i, side in enumerate(_SPLITS)}
         if not len(splits["train"]):
             raise TorchstoneError(f"data images: {name} leaves no image to train on")
@@ -88,7 +92,7 @@ class ImagesDataSpec(DataSpec):
         counts = ", ".join(f"{side} {len(split):,}" for side, split in splits.items())
         description = (
             f"images {name}: {len(label):,} of {pixels.shape[1]} x {pixels.shape[2]} x {pixels.shape[3]}, "
-            f"{sizes['classes']} classes, hash {identity[:12]}; {counts}"
+            f"{sizes.get('classes', 'no')} classes, hash {identity[:12]}; {counts}"
         )
         return PreparedImages(splits["train"], splits["valid"], splits["test"], description, identity, sizes)
 
@@ -101,7 +105,7 @@ class PreparedImages:
         train, valid, test: the splits.
         description: one line: images, of each split too, their size and classes.
         hash: identifies the images and their split; numbers of different hashes do not compare.
-        sizes: ``classes``, ``channels`` and ``image``, the pixels of a side.
+        sizes: ``classes``, where there are labels, ``channels`` and ``image``, the pixels of a side.
     """
 
     train: Images
@@ -136,8 +140,8 @@ class Images:
         """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
 
         Returns:
-            ``pixels`` float32 (B, C, I, I) from 0 to 1; ``label`` int64 (B,); ``example`` int64 (B,), numbers of the
-            images in this split.
+            ``pixels`` float32 (B, C, I, I) from 0 to 1; ``label`` int64 (B,), -100 without labels; ``example`` int64
+            (B,), numbers of the images in this split.
         """
         first = ((step * accumulate + micro) * ranks + rank) * size
         return self._batch(shuffled(len(self), key, first, size))
@@ -184,16 +188,20 @@ def _digits() -> _Read:
     return _Read(pixels, found.target.astype(np.int64), np.full(len(pixels), -1))
 
 
-def _array(path: Path) -> _Read:
+def _array(path: Path, labels: bool) -> _Read:
     if path.suffix != ".npz":
         there = "is neither a folder nor an .npz file" if path.exists() else "no such file or folder"
         raise TorchstoneError(f"data images: {path}: {there}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ("x", "y") if name not in file.files]
+            needed = ("x", "y") if labels else ("x",)
+            missing = [name for name in needed if name not in file.files]
             if missing:
-                raise TorchstoneError(f"data images: {path} holds no {missing[0]!r}; it needs arrays x and y")
-            x, y = file["x"], file["y"]
+                raise TorchstoneError(
+                    f"data images: {path} holds no {missing[0]!r}; it needs arrays {' and '.join(needed)}"
+                )
+            x = file["x"]
+            y = file["y"] if labels else np.zeros(len(x), np.int64)
     except TorchstoneError:
         raise
     except Exception as error:  # numpy says a dozen things of a file that is none
@@ -210,7 +218,7 @@ def _array(path: Path) -> _Read:
     return _Read(pixels[:, None] if x.ndim == 3 else pixels, y.astype(np.int64), np.full(len(y), -1))
 
 
-def _folder(root: Path) -> _Read:
+def _folder(root: Path, labels: bool) -> _Read:
     own = (root / "train").is_dir()
     homes = [(i, root / side) for i, side in enumerate(_SPLITS) if (root / side).is_dir()] if own else [(-1, root)]
     classes = sorted(
@@ -222,16 +230,16 @@ def _folder(root: Path) -> _Read:
             name, slash, _ = file.name.partition("/")
             if file.path.suffix.lower() not in _SUFFIXES:
                 continue
-            if not slash or name not in classes:
+            if labels and (not slash or name not in classes):
                 raise TorchstoneError(f"data images: {file.path} is in no folder of a class of {homes[0][1]}")
             pixels.append(_file(file.path))
-            label.append(classes.index(name))
+            label.append(classes.index(name) if labels else 0)
             split.append(side)
             if pixels[-1].shape[1:] != pixels[0].shape[1:]:
                 sizes = ["{1} x {0}".format(*one.shape[1:]) for one in (pixels[-1], pixels[0])]
                 raise TorchstoneError(f"data images: {file.path} is {sizes[0]} pixels, the first image {sizes[1]}")
     if not pixels:
-        raise TorchstoneError(f"data images: no PNG or JPEG file in folders of {root}")
+        raise TorchstoneError(f"data images: no PNG or JPEG file in {'folders of ' if labels else ''}{root}")
     channels = max(len(one) for one in pixels)  # grey ones among coloured ones are coloured
     whole = np.stack([np.broadcast_to(one, (channels, *one.shape[1:])) for one in pixels])
     return _Read(whole, np.array(label, np.int64), np.array(split))
@@ -256,20 +264,20 @@ def _file(path: Path) -> np.ndarray:
     return array[None] if grey else array.transpose(2, 0, 1)
 
 
-def _check(pixels_NCII: np.ndarray, label_N: np.ndarray, name: str) -> None:
-    """Refuse what no classifier can be trained on.
+def _check(pixels_NCII: np.ndarray, label_N: np.ndarray | None, name: str) -> None:
+    """Refuse what no classifier can be trained on, or without labels no model of images.
 
     Raises:
         TorchstoneError: says what is wrong.
     """
-    if not len(label_N):
+    if not len(pixels_NCII):
         raise TorchstoneError(f"data images: {name} has no image")
     height, width = pixels_NCII.shape[2:]
     if height != width or not height:
         raise TorchstoneError(f"data images: {name} has images of {width} x {height} pixels; they must be square")
-    if label_N.min() < 0 or label_N.max() > 1 << 20:
+    if label_N is not None and (label_N.min() < 0 or label_N.max() > 1 << 20):
         raise TorchstoneError(f"data images: {name} has labels from {label_N.min()} to {label_N.max()}")
-    if len(np.unique(label_N)) < 2:
+    if label_N is not None and len(np.unique(label_N)) < 2:
         raise TorchstoneError(f"data images: {name} has images of one class alone; two are needed")
     if pixels_NCII.dtype != np.uint8 and not ((pixels_NCII >= 0) & (pixels_NCII <= 1)).all():
         raise TorchstoneError(f"data images: {name} has pixels that are not numbers from 0 to 1")

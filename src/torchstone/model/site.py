@@ -13,7 +13,7 @@ from torchstone.keys import Key
 from torchstone.spec import resolve
 
 if TYPE_CHECKING:
-    from torchstone.model.linear import LinearSpec
+    from torchstone.model.linear import Bias, LinearSpec
     from torchstone.model.norm import NormSpec
     from torchstone.model.position import PositionSpec
     from torchstone.model.residual import ResidualSpec
@@ -83,11 +83,14 @@ class Site:
         return self.residual_spec.rule(self)
 
     def linear(
-        self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: bool = False
+        self, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...], bias: Bias = False
     ) -> nn.Module:
-        """A projection of the model's kind. A tuple `out` is one fused matrix whose slices keep their roles."""
+        """A projection of the model's kind. A tuple `out` is one fused matrix whose slices keep their roles, and have a
+        bias or not, each."""
         outs = (out,) if isinstance(out, int) else out
         names = (roles,) if isinstance(roles, str) else roles
+        if isinstance(bias, tuple) and len(set(bias)) == 1:
+            bias = bias[0]
         return self.linear_spec.build(d_in, outs, names, bias, self.init)
 
     def bank(self, count: int, d_in: int, out: int | tuple[int, ...], roles: str | tuple[str, ...]) -> nn.Module:

@@ -47,7 +47,7 @@ class TransformerSpec(LayerSpec, ModelSpec):
     vocabulary: int | None = Field(None, ge=1)
     """Number of token ids; None takes the tokenizer's."""
     context: int | None = Field(None, ge=1)
-    """Positions that tables of positions hold; None takes the training block's."""
+    """Positions that tables of positions hold; None takes the training block's, or a picture's tokens."""
     causal: bool = True
     """Whether this is a decoder; False makes it an encoder."""
     embedding: Part[EmbeddingSpec] = part("token", "embedding")
@@ -136,6 +136,8 @@ class TransformerSpec(LayerSpec, ModelSpec):
             reason = misplaced
         elif layer.attention.causal_only and not causal:
             reason = f"attention {layer.attention.kind} has no bidirectional form; it needs causal: true"
+        elif unfit := layer.position.unfit(self.embedding.count, self.context):
+            reason = unfit
         elif layer.position.causal_only and not causal:
             reason = f"position {layer.position.kind} has no bidirectional form; it needs causal: true"
         elif layer.position.gives == "embedding" and layer.position != self._plans[side][0].position:
@@ -190,7 +192,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.spec = spec
-        context = spec.context or 1024
+        context = spec.context or spec.embedding.count or 1024
         base = Site(
             width=spec.width,
             depths=spec.depths,

@@ -150,7 +150,7 @@ class Trainer:
         self.best = math.inf
         self.rows: list[dict[str, Any]] = []
         self.objective.to(self.device)
-        self.named = named_parameters([("", self.model), ("objective", self.objective)])
+        self.named = named_parameters([("", self.model), ("objective", self.objective)], self.optimizer.layer_decay)
         if not self.named:
             raise TorchstoneError("nothing to train: no parameter requires a gradient")
         self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)

@@ -16,6 +16,7 @@ from torchstone.files import read_json
 from torchstone.keys import Key
 from torchstone.model.carry import carry_of
 from torchstone.model.measure import Measures, measure
+from torchstone.model.position import Position
 from torchstone.model.site import parameter_name
 from torchstone.objectives import Facts, Objective
 from torchstone.ops.compiler import compiler_works
@@ -209,6 +210,9 @@ def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:
 
     What `adapt` adds is new, and so is the head where it is of another kind or size.
 
+    Position tables may be made from the run's in ways of their own (`Position.adopt`). A norm after the last layer that
+    the model has not, as one whose head has the norm, stays behind.
+
     Raises:
         TorchstoneError: the run has no weights, or those of another model.
     """
@@ -221,14 +225,29 @@ def _start_from(source: RunFolder, model: nn.Module, recipe: Recipe) -> str:
     def of_head(name: str) -> bool:
         return other and name.startswith("head.")
 
-    load_weights(model, file, source.path, new=lambda name: added(name) or of_head(name), left=of_head)
+    tables = {name: file.get(name) for name in file.shapes if ".positions." in name}
+    adopted: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Position):
+            for name, _ in module.named_parameters(recurse=False):
+                value = module.adopt(full := parameter_name(f"{path}.{name}"), tables)
+                if value is not None:
+                    adopted[full] = value
+
+    def stays(name: str) -> bool:
+        return of_head(name) or (other and name in ("encoder.norm.weight", "encoder.norm.bias"))
+
+    load_weights(model, file, source.path, new=lambda name: added(name) or of_head(name) or name in adopted, left=stays)
+    with torch.no_grad():
+        for name, value in adopted.items():
+            model.get_parameter(name).copy_(value)
     if recipe.adapt is not None:
         values = {parameter_name(name): parameter.detach() for name, parameter in model.named_parameters()}
         for name, value in values.items():
             first = recipe.adapt.starts_from(name) if name not in file.shapes else None
             if first in values:
                 value.copy_(values[first])
-    new = [name for name, shape in own.items() if file.shapes.get(name) != shape]
+    new = [name for name, shape in own.items() if file.shapes.get(name) != shape and name not in adopted]
     return f"weights of {source.path}" + (
         f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
     )

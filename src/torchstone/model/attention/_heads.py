@@ -34,11 +34,16 @@ class HeadsSpec(AttentionSpec):
     """Normalise each head of queries and keys, with the model's kind of norm."""
     scale: float | None = Field(None, gt=0)
     """Factor on scores; None means 1 / sqrt(head_dim), 1 is unscaled."""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """Which projections have a bias."""
+    bias: Literal["none", "qkv", "qvo", "all"] = "none"
+    """Which projections have a bias; qvo is all but keys, whose bias adds one number to all scores of a query."""
 
     def head_size(self, width: int) -> int:
         return self.head_dim or width // self.heads
+
+    def biased(self, *roles: str) -> tuple[bool, ...]:
+        """Which of the slices of these roles ("q", "k", "v", "out") have a bias."""
+        having = {"none": (), "qkv": ("q", "k", "v"), "qvo": ("q", "v", "out"), "all": ("q", "k", "v", "out")}
+        return tuple(role in having[self.bias] for role in roles)
 
     def illegal(self, layer: LayerSpec, width: int) -> str | None:
         if self.head_dim is None and width % self.heads:
@@ -64,12 +69,12 @@ class Heads(Attention):
         self.q_norm = site.norm(self.K) if spec.qk_norm and self.makes_queries else None
         self.k_norm = site.norm(self.K) if spec.qk_norm and self.makes_keys else None
         self.inner_norm = site.inner_norm(self.H * self.K)
-        self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.bias == "all")
+        self.out = site.linear(self.H * self.K, site.width, "out", bias=spec.biased("out"))
 
     def fused(self, site: Site) -> nn.Module:
         """Queries, keys and values of the stream as one product, for `qkv`."""
         sizes = (self.H * self.K, self.G * self.K, self.G * self.K)
-        return site.linear(site.width, sizes, ("q", "k", "v"), bias=self.spec.bias != "none")
+        return site.linear(site.width, sizes, ("q", "k", "v"), bias=self.spec.biased("q", "k", "v"))
 
     def heads(self, x_BTE: torch.Tensor, heads: int) -> torch.Tensor:
         """(B, T, heads * K) -> (B, heads, T, K)."""

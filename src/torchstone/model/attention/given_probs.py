@@ -56,7 +56,7 @@ class GivenProbs(SelfAttention):
 
     def __init__(self, spec: GivenProbsSpec, site: Site) -> None:
         super().__init__(spec, site)
-        self.v = site.linear(site.width, self.G * self.K, "v", bias=spec.bias != "none")
+        self.v = site.linear(site.width, self.G * self.K, "v", bias=spec.biased("v"))
 
     def forward(
         self,

@@ -51,7 +51,7 @@ class SharedKV(SoftmaxHeads):
         super().__init__(spec, site)
         self.position = site.position(self.K, self.H)
         self.biased = site.position_spec is not None and site.position_spec.gives == "bias"
-        self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.bias != "none")
+        self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.biased("q"))
 
     def _lowered(self, ctx: Context) -> Lowered:
         return ctx.lowered(None, self.position if self.biased else None)
@@ -84,9 +84,10 @@ class SharedKeysValues(nn.Module):
         super().__init__()
         self.G, self.K = spec.kv_heads or spec.heads, spec.head_size(site.width)
         self.norm = site.norm(before_linear=True)
-        self.kv = site.linear(site.width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.bias != "none")
+        self.kv = site.linear(site.width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.biased("k", "v"))
         self.k_norm = site.norm(self.K) if spec.qk_norm else None
-        self.position = site.position(self.K, spec.heads)
+        biased = site.position_spec is not None and site.position_spec.gives == "bias"  # of scores, which others make
+        self.position = None if biased else site.position(self.K, spec.heads)
 
     def state_spec(self) -> tuple[Slot, ...]:
         return tuple(Slot(name, "growing", (self.G, self.K), head_axis=0) for name in ("k", "v"))

@@ -218,8 +218,8 @@ class CrossAttention(SoftmaxHeads):
     def __init__(self, spec: SoftmaxSpec, site: Site) -> None:
         super().__init__(spec, replace(site, gives=Gives()))  # the self-attention beside it is what gives
         assert site.memory_width is not None
-        self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.bias != "none")
-        self.kv = site.linear(site.memory_width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.bias != "none")
+        self.q = site.linear(site.width, self.H * self.K, "q", bias=spec.biased("q"))
+        self.kv = site.linear(site.memory_width, (self.G * self.K,) * 2, ("k", "v"), bias=spec.biased("k", "v"))
 
     def state_spec(self) -> tuple[Slot, ...]:
         return tuple(Slot(name, "fixed", (self.G, self.K), head_axis=0) for name in ("k", "v"))

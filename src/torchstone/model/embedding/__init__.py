@@ -28,6 +28,11 @@ class EmbeddingSpec(PartSpec):
     of_tokens: ClassVar[bool] = True
     """Whether its inputs are token ids, so that the model needs a vocabulary."""
 
+    @property
+    def count(self) -> int | None:
+        """Tokens of one input, where all have the same number."""
+        return None
+
     def table_width(self, width: int) -> int:
         """Width E of its vectors, to which positions are added, in a stream of `width`."""
         return width

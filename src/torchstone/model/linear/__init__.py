@@ -16,9 +16,12 @@ from torchstone.model.site import Initialise
 from torchstone.ops.experts import Groups, grouped_product
 from torchstone.spec import PartSpec, lazy_parts
 
-__all__ = ["Linear", "LinearBank", "LinearSpec"]
+__all__ = ["Bias", "Linear", "LinearBank", "LinearSpec", "bias_size", "whole_bias"]
 
 __getattr__ = lazy_parts(__name__)
+
+Bias = bool | tuple[bool, ...]
+"""Whether a projection has a bias, or which of its slices have."""
 
 
 class LinearSpec(PartSpec):
@@ -47,7 +50,7 @@ class LinearSpec(PartSpec):
         """Bytes of a weight in the form that `export --to packed` gives it; None where the kind has none."""
         return None
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         """The module; a kind with parameters of its own builds its own. Arguments as of `Linear`."""
         return Linear(d_in, outs, roles, bias, self, init)
 
@@ -67,6 +70,21 @@ def _by_slice(spec: LinearSpec, weight: torch.Tensor, slices: tuple[int, ...]) -
     return weight if all(new is old for new, old in zip(made, each, strict=True)) else torch.cat(made)
 
 
+def bias_size(bias: Bias, outs: tuple[int, ...]) -> int:
+    """Numbers in the bias of a projection with these slices; 0 where none has one."""
+    each = (bias,) * len(outs) if isinstance(bias, bool) else bias
+    return sum(size for size, has in zip(outs, each, strict=True) if has)
+
+
+def whole_bias(bias_b: torch.Tensor | None, bias: Bias, outs: tuple[int, ...]) -> torch.Tensor | None:
+    """A bias (..., b) of some slices as one of all (..., O), zero where a slice has none."""
+    if bias_b is None or isinstance(bias, bool) or all(bias):
+        return bias_b
+    own = iter(bias_b.split([size for size, has in zip(outs, bias, strict=True) if has], -1))
+    lead = bias_b.shape[:-1]
+    return torch.cat([next(own) if has else bias_b.new_zeros(*lead, n) for n, has in zip(outs, bias, strict=True)], -1)
+
+
 class Linear(nn.Linear):
     """``y = input(x) weight(W)^T + b`` with the two functions of a `LinearSpec`.
 
@@ -77,7 +95,7 @@ class Linear(nn.Linear):
         outs: sizes of the slices of O; a fused projection keeps its slices' roles for initialisation, quantisation,
             sharding and Muon.
         roles: a role per slice.
-        bias: whether there is one.
+        bias: whether there is one, or which slices have one.
         spec: the kind.
         init: how a slice of a given role starts.
     """
@@ -87,15 +105,16 @@ class Linear(nn.Linear):
         d_in: int,
         outs: tuple[int, ...],
         roles: tuple[str, ...],
-        bias: bool,
+        bias: Bias,
         spec: LinearSpec,
         init: Initialise,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would draw first values
         self.in_features, self.out_features = d_in, sum(outs)
-        self.slices, self.roles, self.spec, self.init = outs, roles, spec, init
+        self.slices, self.roles, self.spec, self.init, self.biased = outs, roles, spec, init, bias
         self.weight = nn.Parameter(torch.empty(sum(outs), d_in))
-        self.register_parameter("bias", nn.Parameter(torch.empty(sum(outs))) if bias else None)
+        own = bias_size(bias, outs)
+        self.register_parameter("bias", nn.Parameter(torch.empty(own)) if own else None)
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         if name == "bias":
@@ -108,8 +127,13 @@ class Linear(nn.Linear):
         """The weight (O, I) of a plain projection that computes the same, where the kind is exact."""
         return _by_slice(self.spec, self.weight, self.slices)
 
+    @property
+    def bias_O(self) -> torch.Tensor | None:
+        """The bias of all slices, (O,)."""
+        return whole_bias(self.bias, self.biased, self.slices)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.spec.input(x), _by_slice(self.spec, self.weight, self.slices), self.bias)
+        return F.linear(self.spec.input(x), _by_slice(self.spec, self.weight, self.slices), self.bias_O)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {'+'.join(map(str, self.slices))}, {self.spec.kind}"

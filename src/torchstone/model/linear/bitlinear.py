@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import nn
 
 from torchstone.errors import TorchstoneError
-from torchstone.model.linear import Linear, LinearBank, LinearSpec
+from torchstone.model.linear import Bias, Linear, LinearBank, LinearSpec, bias_size, whole_bias
 from torchstone.model.linear.dense import DenseSpec
 from torchstone.model.site import Initialise
 from torchstone.ops import at_least_float32
@@ -103,7 +103,7 @@ class BitLinearSpec(LinearSpec):
         w_OGn = _through(weight_OI.unflatten(-1, (self.groups, -1)) / over_OG1, w_OGn)
         return _through(x_Gn / scale_G1, q_Gn), scale_G1[..., 0], w_OGn, beta_SG
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         if roles == ("embed",):  # embeddings stay in full precision
             return DenseSpec().build(d_in, outs, roles, bias, init)
         self._check(d_in)
@@ -159,7 +159,8 @@ class BitLinear(Linear):
         q_Gn, scale_G, w_OGn, beta_SG = self.spec.operands(x, self.weight, self.slices)
         ints_OG = _sums(q_Gn.to(x.dtype), w_OGn.to(x.dtype), F.linear)
         y = rescale(ints_OG, scale_G, _rows(beta_SG, self.slices))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias_O = self.bias_O
+        return y if bias_O is None else y + bias_O.to(y.dtype)
 
 
 class BitBank(LinearBank):
@@ -181,21 +182,22 @@ class PackedBitLinear(nn.Module):
     Args:
         d_in: I.
         outs: sizes of the slices of O.
-        bias: whether there is one.
+        bias: whether there is one, or which slices have one.
         spec: the kind.
     """
 
     packed: torch.Tensor
     beta: torch.Tensor
 
-    def __init__(self, d_in: int, outs: tuple[int, ...], bias: bool, spec: BitLinearSpec) -> None:
+    def __init__(self, d_in: int, outs: tuple[int, ...], bias: Bias, spec: BitLinearSpec) -> None:
         super().__init__()
         self.in_features, self.out_features = d_in, sum(outs)
-        self.slices, self.spec = outs, spec
+        self.slices, self.spec, self.biased = outs, spec, bias
         J = packed_bytes(d_in // spec.groups, spec.levels)
         self.register_buffer("packed", torch.empty(sum(outs), spec.groups, J, dtype=torch.uint8))
         self.register_buffer("beta", torch.empty(len(outs), spec.groups, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(sum(outs))) if bias else None
+        own = bias_size(bias, outs)
+        self.bias = nn.Parameter(torch.empty(own)) if own else None
 
     @property
     def packed_parameters(self) -> int:
@@ -224,7 +226,8 @@ class PackedBitLinear(nn.Module):
         ints_NOG = bit_product(q_Gn.flatten(0, -3), self.packed, self.spec.levels)
         ints_OG = ints_NOG.view(*x.shape[:-1], *ints_NOG.shape[1:])
         y = rescale(ints_OG, scale_G1[..., 0], _rows(self.beta, self.slices)).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias_O = whole_bias(self.bias, self.biased, self.slices)
+        return y if bias_O is None else y + bias_O.to(y.dtype)
 
     def extra_repr(self) -> str:
         outs = "+".join(map(str, self.slices))

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from torchstone.model.linear import Linear, LinearBank, LinearSpec
+from torchstone.model.linear import Bias, Linear, LinearBank, LinearSpec
 from torchstone.model.linear.dense import DenseSpec
 from torchstone.model.site import Initialise
 from torchstone.ops.experts import Groups
@@ -46,7 +46,7 @@ class FP8BlockSpec(LinearSpec):
         made = quantise(w_OI, self.tile, self.tile, self.power_of_two)
         return dequantise(*made, self.tile, self.tile).to(w_OI.dtype)
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         if roles == ("embed",):  # embeddings stay in full precision
             return DenseSpec().build(d_in, outs, roles, bias, init)
         return FP8Linear(d_in, outs, roles, bias, self, init)
@@ -64,7 +64,8 @@ class FP8Linear(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = fp8_linear(x, self.weight.split(self.slices), self.spec.tile, self.spec.power_of_two)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias_O = self.bias_O
+        return y if bias_O is None else y + bias_O.to(y.dtype)
 
 
 class FP8Bank(LinearBank):

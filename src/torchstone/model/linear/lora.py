@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from torchstone.model.linear import Linear, LinearSpec
+from torchstone.model.linear import Bias, Linear, LinearSpec
 from torchstone.model.site import Initialise
 from torchstone.spec import Part, part
 
@@ -72,7 +72,7 @@ class LoraSpec(LinearSpec):
     def weight(self, w_OI: torch.Tensor) -> torch.Tensor:
         return self.base.weight(w_OI)
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         if not set(roles) & set(self.targets):
             return self.base.build(d_in, outs, roles, bias, init)
         return LoraLinear(d_in, outs, roles, bias, self, init)
@@ -85,7 +85,7 @@ class LoraLinear(Linear):
     spec: LoraSpec
 
     def __init__(
-        self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, spec: LoraSpec, init: Initialise
+        self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, spec: LoraSpec, init: Initialise
     ) -> None:
         super().__init__(d_in, outs, roles, bias, spec, init)
         self.adapted = tuple(i for i, role in enumerate(roles) if role in spec.targets)

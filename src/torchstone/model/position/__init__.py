@@ -12,6 +12,7 @@ Shapes: B rows (or 1), H heads, T queries, S keys, K head dimension, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,6 +71,11 @@ class Position(nn.Module):
         """Embedding (B|1, T, D) to add to the input."""
         return None
 
+    def adopt(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The value that its parameter of this full name takes from the tensors of a run that training starts from, for
+        kinds that know better than by name and shape; None leaves it to these."""
+        return None
+
 
 class PositionSpec(PartSpec):
     """How order enters the model."""
@@ -84,6 +90,11 @@ class PositionSpec(PartSpec):
 
     def illegal(self, dim: int) -> str | None:
         """Why heads of dimension `dim` cannot use it, or None."""
+        return None
+
+    def unfit(self, tokens: int | None, context: int | None) -> str | None:
+        """Why it cannot place inputs of exactly so many tokens (None: of any number), in a model whose spec says this
+        `context`; None if it can."""
         return None
 
     def build(self, dim: int, heads: int, width: int, context: int, causal: bool) -> Position:

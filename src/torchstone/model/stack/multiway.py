@@ -25,7 +25,7 @@ from torch import nn
 
 from torchstone.errors import TorchstoneError
 from torchstone.model.context import Aux, Context, Handoff
-from torchstone.model.linear import LinearBank, LinearSpec
+from torchstone.model.linear import Bias, LinearBank, LinearSpec, bias_size, whole_bias
 from torchstone.model.norm import NormSpec
 from torchstone.model.site import Initialise, Site
 from torchstone.model.stack import LayerPlan, LayerSpec, Stack, StackSpec
@@ -180,7 +180,7 @@ class _LinearOf:
     def owns_norm(self) -> bool:
         return self.one.owns_norm
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Any:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Any:
         return MultiwayLinear(self, d_in, outs, roles, bias, init)
 
 
@@ -200,18 +200,19 @@ class MultiwayLinear(LinearBank):
     """A projection (B, T, I) -> (B, T, O) for each modality. What makes keys and values alone is of the memory's
     tokens.
 
-    `bias` (E * O,) is a vector, one after the other.
+    `bias` is a vector, of one after the other.
     """
 
     ways: _Ways
     bias: torch.Tensor | None
 
     def __init__(
-        self, of: _LinearOf, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise
+        self, of: _LinearOf, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise
     ) -> None:
         super().__init__(of.E, d_in, outs, roles, of.one, init)
         self.in_features, self.ways, self.of_memory = d_in, of.ways, {*roles} <= {"k", "v"}
-        self.register_parameter("bias", nn.Parameter(torch.empty(of.E * sum(outs))) if bias else None)
+        own, self.biased, self.outs = bias_size(bias, outs), bias, outs
+        self.register_parameter("bias", nn.Parameter(torch.empty(of.E * own)) if own else None)
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         if name == "bias":
@@ -235,7 +236,9 @@ class MultiwayLinear(LinearBank):
         x_NI = x.flatten(0, 1)
         y_NO = super().forward(spread(x_NI, groups), groups)
         if self.bias is not None:
-            y_NO = y_NO + self.bias.view(self.count, -1).index_select(0, groups.expert_M).to(y_NO.dtype)
+            bias_EO = whole_bias(self.bias.view(self.count, -1), self.biased, self.outs)
+            assert bias_EO is not None
+            y_NO = y_NO + bias_EO.index_select(0, groups.expert_M).to(y_NO.dtype)
         ones_N1 = torch.ones(x_NI.shape[0], 1, dtype=y_NO.dtype, device=x.device)
         return collect(y_NO, ones_N1, groups).view(*x.shape[:2], -1)
 

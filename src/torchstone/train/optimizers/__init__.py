@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ class NamedParameter:
         slices: sizes along its first axis of the projections fused in it; one slice for others.
         hidden: whether it is the matrix of a projection inside the model, not an embedding, a head or a vector.
         experts: how many experts' matrices it holds; 1 for all else.
+        rate: factor on the learning rate.
     """
 
     name: str
@@ -35,6 +37,7 @@ class NamedParameter:
     slices: tuple[int, ...]
     hidden: bool
     experts: int = 1
+    rate: float = 1.0
 
     @property
     def decays(self) -> bool:
@@ -42,10 +45,41 @@ class NamedParameter:
         return self.value.dim() >= 2
 
 
-def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> list[NamedParameter]:
-    """Trainable parameters of modules (prefix, module), each once, in a fixed order."""
+def below_top(root: nn.Module) -> dict[int, int]:
+    """How many steps a model's parameters, by `id`, lie below its head: 1 in the last layer of L, L + 1 in embeddings.
+
+    A position's table is of the one layer that reads it, or of the embedding to which it is added; one that several
+    layers read lies at the top, as in BEiT's fine-tuning.
+    """
+    stacks: dict[str, Any] = getattr(root, "stacks", {})
+    steps: dict[int, int] = {}
+
+    def put(module: nn.Module, step: int) -> None:
+        steps.update((id(parameter), step) for parameter in module.parameters())
+
+    for stack in stacks.values():
+        readers: dict[str, set[int]] = {}
+        for i, layer in enumerate(stack.layers):
+            put(layer, len(stack.layers) - i)
+            for module in layer.modules():
+                if isinstance(key := getattr(module, "position", None), str):
+                    readers.setdefault(key, set()).add(i)
+        for key, layers in readers.items():
+            if len(layers) == 1:
+                put(stack.positions[key], len(stack.layers) - min(layers))
+        if stack.absolute is not None:
+            put(stack.positions[stack.absolute], len(stack.layers) + 1)
+    if stacks:
+        put(root.embedding, max(len(stack.layers) for stack in stacks.values()) + 1)  # type: ignore[arg-type]
+    return steps
+
+
+def named_parameters(modules: Iterable[tuple[str, nn.Module]], layer_decay: float = 1.0) -> list[NamedParameter]:
+    """Trainable parameters of modules (prefix, module), each once, in a fixed order. `layer_decay` is the factor on the
+    learning rate for each step of `below_top`."""
     found: dict[int, NamedParameter] = {}
     for prefix, root in modules:
+        steps = below_top(root) if layer_decay != 1 else {}
         for path, module in root.named_modules():
             for name, value in module.named_parameters(recurse=False):
                 if not value.requires_grad or id(value) in found:
@@ -55,18 +89,30 @@ def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> list[NamedPara
                 hidden = fused and not {"head", "embed"} & set(module.roles)
                 slices = module.slices if fused else (value.shape[0] if value.dim() else 1,)
                 experts = module.count if isinstance(module, LinearBank) else 1
-                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden, experts)
+                rate = layer_decay ** steps.get(id(value), 0)
+                found[id(value)] = NamedParameter(full, value, tuple(slices), hidden, experts, rate)
     return list(found.values())
 
 
-def decay_groups(named: Iterable[NamedParameter], weight_decay: float, **more: object) -> list[dict[str, object]]:
-    """Two parameter groups: those that decay and those that do not."""
+def by_rate(named: Iterable[NamedParameter]) -> list[tuple[float, list[NamedParameter]]]:
+    """Parameters by their factor on the learning rate, the largest first."""
     named = list(named)
+    rates = sorted({p.rate for p in named}, reverse=True)
+    return [(rate, [p for p in named if p.rate == rate]) for rate in rates]
+
+
+def decay_groups(
+    named: Iterable[NamedParameter], weight_decay: float, *, peak: float, **more: object
+) -> list[dict[str, object]]:
+    """Parameter groups: for each factor on the learning rate, whose peak is `peak`, those that decay and those that do
+    not."""
     groups: list[dict[str, object]] = []
-    for decays in (True, False):
-        members = [p.value for p in named if p.decays == decays]
-        if members:
-            groups.append({"params": members, "weight_decay": weight_decay if decays else 0.0, **more})
+    for rate, alike in by_rate(named):
+        for decays in (True, False):
+            members = [p.value for p in alike if p.decays == decays]
+            if members:
+                decay = weight_decay if decays else 0.0
+                groups.append({"params": members, "weight_decay": decay, "peak": rate * peak, **more})
     return groups
 
 

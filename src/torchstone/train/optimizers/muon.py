@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from torchstone.train.optimizers import NamedParameter, OptimizerSpec, decay_groups
+from torchstone.train.optimizers import NamedParameter, OptimizerSpec, by_rate, decay_groups
 
 __all__ = ["Muon", "MuonSpec", "orthogonal"]
 
@@ -36,15 +36,14 @@ class MuonSpec(OptimizerSpec):
 
     def build(self, named: Sequence[NamedParameter]) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = []
-        hidden = [p for p in named if p.hidden]
-        if hidden:
+        for rate, hidden in by_rate(p for p in named if p.hidden):
             groups.append(
                 {
                     "params": [p.value for p in hidden],
                     "slices": [p.slices for p in hidden],
                     "muon": True,
                     "weight_decay": self.weight_decay,
-                    "peak": self.lr,
+                    "peak": rate * self.lr,
                 }
             )
         rest = [p for p in named if not p.hidden]

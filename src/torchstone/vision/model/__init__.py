@@ -1,0 +1,1 @@
+"""Models that are no Transformer: image tokenizers."""

@@ -1,0 +1,1 @@
+"""Objectives over pictures without labels."""

@@ -1,0 +1,1 @@
+"""Tokenizers of pictures, and what an encoder learned of them."""
