@@ -203,6 +203,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     # norms around one sublayer, the final one, and those before output projections of all but cross-attentions
     ("residual", "pre"): lambda spec: (1, 1, 0),
     ("residual", "post"): lambda spec: (1, 0, 0),
+    ("residual", "post_scaled"): lambda spec: (1, 0, 0),
     ("residual", "sandwich"): lambda spec: (2, 1, 0),
     ("residual", "deepnorm"): lambda spec: (1, 0, 0),
     ("residual", "subln"): lambda spec: (1, 1, 1),
@@ -219,6 +220,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "sinusoidal"): lambda spec, D, H, context: 0,
     ("position", "learned"): lambda spec, D, H, context: context * D,
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
+    ("position", "t5_learned"): lambda spec, D, H, context: spec.buckets * H,  # what it adds is counted beside it
     ("embedding", "token"): _tokens,
     ("embedding", "patch"): lambda spec, D, V: spec.channels * spec.patch**2 * D + D + D * spec.class_token,
     # ids, patches with their bias, class and mask, places of both sides
@@ -338,5 +340,7 @@ def parameters(spec: TransformerSpec) -> int:
                 heads if plan[0].position.gives == "bias" else [(0, 0, 0)]
             ):  # each sort of heads has a module
                 total += of(plan[0].position)(plan[0].position, E, H, spec.context)
+            if (added := plan[0].position.added) not in (None, plan[0].position):
+                total += of(added)(added, E, 0, spec.context)
             total += of(spec.stack)(spec.stack, layers, D, V)
     return total

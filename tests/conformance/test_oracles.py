@@ -31,6 +31,7 @@ from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
 from torchstone.model.stack.multi_token import predict
 from torchstone.model.tokens import Tokens
+from torchstone.model.transformer import TransformerSpec
 from torchstone.ops import noise
 from torchstone.spec import PartSpec, kinds, resolve, validate
 
@@ -479,6 +480,17 @@ def _() -> None:
     assert module.limit == 64
 
 
+@oracle("position", "t5_learned")
+def _() -> None:
+    fields, tokens = {"buckets": 8, "far": 10}, Tokens(torch.arange(9)[None])
+    ours, plain = (ready(resolve("position", kind)(**fields).build(8, 4, 32, 64, False)) for kind in ("t5_learned", "t5"))
+    same(ours.bias(tokens, tokens), plain.bias(tokens, tokens))
+    model = {"width": 32, "depth": 1, "vocabulary": 9, "context": 16, "position": "t5_learned"}
+    stack = ready(validate(TransformerSpec, model).build()).decoder
+    same(stack.added(torch.tensor([[5, 0]])), stack.positions["learned"].weight[[5, 0]][None])
+    assert stack.limit == 16
+
+
 @oracle("position", "sinusoidal")
 def _() -> None:
     for width, scale in ((8, 1.0), (7, 0.02)):
@@ -778,6 +790,11 @@ def _() -> None:
 @oracle("residual", "post")
 def _() -> None:
     assert isinstance(joined("post", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
+
+
+@oracle("residual", "post_scaled")
+def _() -> None:
+    assert isinstance(joined("post_scaled", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
 
 
 @oracle("residual", "deepnorm")

@@ -205,6 +205,7 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
         VOCABULARY, 0, 1, 2, 2, "none",
         lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
         recipe.model,
+        lambda: torch.arange(VOCABULARY),
     )  # fmt: skip
     own = recipe.objective.kind in ("classification", "replaced_token")
     classifies = head_of(recipe).endswith("classification") and not own

@@ -41,6 +41,7 @@ class Facts:
         init_from: the run that training starts from, None where there is none.
         load: the trained model of a run's directory, on the CPU; None where runs are out of reach.
         model: spec of the model that is trained, for an objective with a network like it.
+        frequencies: gives how often each token is in the training split, int64 (V,); None where there are no tokens.
     """
 
     vocabulary: int | None = None
@@ -51,6 +52,7 @@ class Facts:
     init_from: str | None = None
     load: Callable[[str], nn.Module] | None = None
     model: Any = None
+    frequencies: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

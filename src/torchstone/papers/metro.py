@@ -20,7 +20,7 @@ __all__ = ["PAPER"]
 _VOCABULARY, _ROWS, _LENGTH = 1000, 16, 64
 
 
-def _pair(seed: int, std: float, **fields: Any) -> tuple[Any, Any]:
+def _pair(seed: int, std: float, dropout: float = 0.0, **fields: Any) -> tuple[Any, Any]:
     """A model and its objective."""
     spec = validate(
         TransformerSpec,
@@ -31,8 +31,9 @@ def _pair(seed: int, std: float, **fields: Any) -> tuple[Any, Any]:
             "context": _LENGTH,
             "causal": False,
             "attention": {"heads": 4},
-            "position": {"kind": "t5", "buckets": 32, "far": 128},
-            "residual": {"kind": "post", "std": std},
+            "position": {"kind": "t5_learned", "buckets": 32, "far": 128},
+            "residual": {"kind": "post_scaled", "std": std},
+            "dropout": dropout,
             "norm": "layernorm",
             "head": {"kind": "token_classification", "classes": 1},
         },
@@ -68,7 +69,7 @@ def _exact(scale: Scale, first: int) -> Measured:
         drawn = {}
         for sampling in ("zero_dropout", "train", "eval"):
             for dropout in (0.0, 0.3):
-                again, other = _pair(seed, 0.3, sampling=sampling, generator={"depth": 2, "dropout": dropout})
+                again, other = _pair(seed, 0.3, dropout, sampling=sampling)
                 drawn[sampling, dropout] = other._corrupted(again, batch, Key(seed))[1]
         same = (drawn["train", 0.0] != drawn["zero_dropout", 0.0]) | (drawn["eval", 0.0] != drawn["zero_dropout", 0.0])
         worst("draws that differ between modes without dropout", float(same.sum()))

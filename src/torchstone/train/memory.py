@@ -49,8 +49,10 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
     """Bytes that a step of `recipe` needs above the idle process; its vocabulary must be known. The data
     are read where their examples are no tokens."""
     vocabulary = getattr(recipe.model, "vocabulary", None)
+    none = torch.zeros(vocabulary or 0, dtype=torch.int64)  # sizes are the same whatever a text holds
     runs: Any = {"init_from": recipe.init_from, "load": lambda run: RunFolder(run).require().model()}
-    objective = recipe.objective.build(Facts(vocabulary, 1, 2, 0, model=recipe.model, **runs))
+    facts = Facts(vocabulary, 1, 2, 0, model=recipe.model, frequencies=lambda: none, **runs)
+    objective = recipe.objective.build(facts)
     batch = _batch(recipe, objective)
     counts = objective.counts(batch)
     selected = int(counts["targets" if "targets" in counts else "tokens"]) if "ids" in batch else 0

@@ -253,7 +253,7 @@ _OF_TOKENS = ("vocabulary", "mask", "pad", "separator")
 
 def facts_of(prepared: Any, recipe: Recipe) -> Facts:
     """What an objective may know of prepared data and of other runs."""
-    tokenizer = prepared.tokenizer
+    tokenizer, vocabulary = prepared.tokenizer, getattr(recipe.model, "vocabulary", None)
     special = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in _OF_TOKENS}
     return Facts(
         **special,
@@ -261,7 +261,21 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
         init_from=recipe.init_from,
         model=recipe.model,
         load=lambda run: RunFolder(run).require().model(),
+        frequencies=(lambda: _frequencies(prepared.train, vocabulary)) if vocabulary is not None else None,
     )
+
+
+_COUNTED = 1 << 16
+"""Examples, at most, whose tokens are counted; of more, as many spread evenly."""
+
+
+def _frequencies(split: Split, vocabulary: int) -> torch.Tensor:
+    """How often each token is in a split, int64 (V,)."""
+    count_V = torch.zeros(vocabulary, dtype=torch.int64)
+    for batch in split.evaluation(256, _COUNTED):
+        ids = batch["ids"][batch["valid"]] if "valid" in batch else batch["ids"]
+        count_V += torch.bincount(ids.flatten(), minlength=vocabulary)
+    return count_V
 
 
 def _resolve(recipe: Recipe, prepared: Any, threads: int, precision: str) -> Recipe:

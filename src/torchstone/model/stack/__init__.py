@@ -104,9 +104,9 @@ class Stack(nn.Module):
         last = plans[-1].spec
         self.norm = last.residual.final_norm(replace(site, norm_spec=last.norm, residual_spec=last.residual))
         self.absolute: str | None = None
-        if plans[0].spec.position.gives == "embedding":
+        if (added := plans[0].spec.position.added) is not None:
             wide = site.table_width or site.width
-            self.absolute = self.positions.add(plans[0].spec.position, wide, 1, wide)
+            self.absolute = self.positions.add(added, wide, 1, wide)
         self.recompute = False
 
     def site(self, plan: LayerPlan, site: Site) -> Site:
