@@ -196,6 +196,7 @@ LONG = {
     "preferences.md",
     "scaling.md",
     "recipes.md",
+    "replaced-tokens.md",
     "reproduce.md",
     "structured-prompting.md",
     "torchscale.md",
