@@ -483,7 +483,9 @@ def _() -> None:
 @oracle("position", "t5_learned")
 def _() -> None:
     fields, tokens = {"buckets": 8, "far": 10}, Tokens(torch.arange(9)[None])
-    ours, plain = (ready(resolve("position", kind)(**fields).build(8, 4, 32, 64, False)) for kind in ("t5_learned", "t5"))
+    ours, plain = (
+        ready(resolve("position", kind)(**fields).build(8, 4, 32, 64, False)) for kind in ("t5_learned", "t5")
+    )
     same(ours.bias(tokens, tokens), plain.bias(tokens, tokens))
     model = {"width": 32, "depth": 1, "vocabulary": 9, "context": 16, "position": "t5_learned"}
     stack = ready(validate(TransformerSpec, model).build()).decoder

@@ -10,7 +10,9 @@ from torchstone.papers import metro
 
 
 def test_categories_of_a_source_by_hand() -> None:
-    text = 'import os\n\n\ndef area(width, of="a b"):  # sides\n    half = len(width.x) * 0.5\n    return half, of, os\n'
+    text = (
+        'import os\n\n\ndef area(width, of="a b"):  # sides\n    half = len(width.x) * 0.5\n    return half, of, os\n'
+    )
     found = metro._categories(text)
     seen: dict[str, set[str]] = {}
     for name in ("keyword", "builtin", "attribute", "parameter", "local", "operator", "string", "number"):

@@ -185,6 +185,7 @@ LONG = {
     "bitnet.md",
     "code.md",
     "compare.md",
+    "distillation.md",
     "evaluate.md",
     "fine-tuning.md",
     "getting-started.md",

@@ -197,7 +197,9 @@ class ReplacedToken(Objective):
             return {}, truth_N
         if self.generator is None:
             share_N = noise.uniform(key_N, 1)[:, 0]
-            drawn_N = (share_N * V).long() if self.below is None else torch.searchsorted(self.below, share_N, right=True)
+            drawn_N = (
+                (share_N * V).long() if self.below is None else torch.searchsorted(self.below, share_N, right=True)
+            )
             return {}, drawn_N.clamp(max=V - 1)
         generator: Any = self.generator
         self._lend(model)

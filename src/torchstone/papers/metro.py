@@ -139,7 +139,7 @@ def _scopes(tree: ast.AST) -> list[tuple[int, int, set[str], set[str]]]:
 
 
 def _categories(text: str) -> np.ndarray:
-    """Of each character of a source, the number of its token's category; -1 for all others (names of modules, comments).
+    """Of each character of a source, the number of its token's category; -1 for others (modules' names, comments).
 
     Raises:
         SyntaxError, tokenize.TokenError: it is no Python.

@@ -156,7 +156,6 @@ _ARMS: dict[str, dict[str, Any] | None] = {
     "1 relation head": {"relation_heads": 1},
     "16 relation heads": {"relation_heads": 16},
     "masked tokens alone, again": None,
-    "1 relation head, again": {"relation_heads": 1},
     "untrained teacher": {"relation_heads": 16},
     "4 relation heads": {"relation_heads": 4},
     "nine relations": {"relation_heads": 16, "relations": "all"},
@@ -184,7 +183,7 @@ def _taught(steps: int) -> RunFolder:
 
 
 def _student(size: _Size, arm: str, seed: int, lr: float, steps: int) -> dict[str, float]:
-    """Losses of a student's masked tokens after `steps` of them, and what its relations were before and after theirs."""
+    """Losses of a student's masked tokens after `steps` of them, and its relations' KL before and after their own."""
     relations, found, state = _ARMS[arm], {}, None
     if relations is not None:
         taught = _taught(1 if arm == "untrained teacher" else size.teacher)

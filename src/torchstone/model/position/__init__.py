@@ -1,9 +1,9 @@
 """Position: turns the positions of tokens into what attention consumes.
 
 A kind gives one of four things: a rotation of queries and keys, a rotation and a decay of scores with distance, a score
-bias, or an embedding added to the input; beside one of the first three it may name a kind that is added (`added`). A decay is no part of the rotation, because caches hold rotated keys and a
-decayed key would leave the range of numbers: it is laid on queries and keys when a product is taken
-(`torchstone.ops.attention.Decay`).
+bias, or an embedding added to the input; beside one of the first three it may name a kind that is added (`added`).
+A decay is no part of the rotation, because caches hold rotated keys and a decayed key would leave the range of numbers:
+it is laid on queries and keys when a product is taken (`torchstone.ops.attention.Decay`).
 
 Position modules belong to the stack; an attention holds a key and asks its context.
 
