@@ -14,7 +14,7 @@ from torchstone.model.site import initialise
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.objectives import tokens_of
-from torchstone.papers._claim import Claim, Measured, Number, Paper, Scale, one_thread
+from torchstone.papers._claim import Claim, Effect, Measured, Number, Paper, Scale, one_thread
 from torchstone.papers._teachers import teacher
 from torchstone.recipe import load_recipe
 from torchstone.spec import validate
@@ -136,7 +136,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(50, 20, 20, 1, 1, (3e-3,)),
-    "evidence": _Size(1500, 300, 150, 5, 3, (1e-3, 3e-3, 1e-2)),
+    "evidence": _Size(1000, 150, 100, 5, 3, (1e-3, 3e-3, 1e-2)),
 }
 _SIZES["gpu"] = _SIZES["evidence"]
 _AGAIN, _TUNING = 100_000, 500_000
@@ -158,11 +158,10 @@ _ARMS: dict[str, dict[str, Any] | None] = {
     "masked tokens alone, again": None,
     "untrained teacher": {"relation_heads": 16},
     "4 relation heads": {"relation_heads": 4},
-    "nine relations": {"relation_heads": 16, "relations": "all"},
     "layer 1": {"relation_heads": 16, "layer": 1},
     "layer 2": {"relation_heads": 16, "layer": 2},
 }
-_REPORTED = ("4 relation heads", "nine relations", "layer 1", "layer 2")
+_REPORTED = ("4 relation heads", "layer 1", "layer 2")
 
 
 def _recipe(model: dict[str, Any], objective: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def _recipe(model: dict[str, Any], objective: dict[str, Any], seed: int, steps: 
     settings["trainer"] |= {"seed": seed, "device": "cpu"}
     return {
         "model": model,
-        "data": {"corpus": "stdlib", "tokenizer": "bytes", "block": 64},
+        "data": {"corpus": "stdlib", "tokenizer": "bytes", "block": 32},
         "objective": objective,
         "optimizer": {"lr": lr},
         "schedule": {"kind": "linear", "warmup": min(20, steps // 2)},
@@ -238,6 +237,36 @@ _fewer_heads.builds = (  # type: ignore[attr-defined]
     "torchstone.model.taps",
 )
 
+OTHER_HEADS = Claim(
+    id="other-heads-another-width",
+    kind="behaviour",
+    text="A student of 2 heads and width 64 that first learned the relations of a teacher of 6 heads and width 96, in 16 "
+    "relation heads, loses less on masked bytes after 100 steps of them than one that did not, and no more than after "
+    "one relation head; its relations of values come to half of their first distance. Each arm at the best of three "
+    "learning rates. The trained teacher's loss in its own heads is MiniLM's.",
+    figure="table 1: relation heads 48 for BERT-base; the student's heads are free",
+    gates=(
+        Effect(
+            "loses less than without relations",
+            "16 relation heads",
+            "masked tokens alone",
+            margin=0.05,
+            null="masked tokens alone, again",
+            sabotage="untrained teacher",
+        ),
+        Effect(
+            "loses no more than with one relation head",
+            "16 relation heads",
+            "1 relation head",
+            margin=-0.02,
+            sabotage="untrained teacher",
+        ),
+        Number("KL of held-out values' relations over that at first, largest", high=0.5),
+        Number("MiniLM's two losses of the trained teacher, off by, relatively", high=1e-9),
+    ),
+    run=_fewer_heads,
+)
+
 PAPER = Paper(
     slug="minilm-v2",
     title="MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers",
@@ -248,5 +277,5 @@ PAPER = Paper(
     parts=("objective.minilm_v2",),
     summary="A student learns how queries, keys and values of one of the teacher's layers relate to one another, cut "
     "into as many heads as one likes.",
-    claims=(EXACT,),
+    claims=(EXACT, OTHER_HEADS),
 )
