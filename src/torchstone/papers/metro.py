@@ -325,10 +325,10 @@ _signals.builds = (  # type: ignore[attr-defined]
 SIGNALS = Claim(
     id="model-generated-signals",
     kind="behaviour",
-    text="A linear probe of bytes tells categories of Python tokens (macro-F1) better from an encoder that detected what a "
-    "generator trained beside it put in than from one that judged masked tokens alone, and than from one whose tokens "
-    "were drawn by counts; the generator's tokens are replaced less and less often. Same steps, each arm at the better "
-    "of two learning rates.",
+    text="A linear probe of bytes tells categories of Python tokens (macro-F1) better from an encoder that detected "
+    "what a generator trained beside it put in than from one that judged masked tokens alone, and than from one whose "
+    "tokens were drawn by counts; the generator's tokens are replaced less and less often, from fifth to fifth of the "
+    "training. Same steps, each arm at the better of two learning rates.",
     figure="section 4: GLUE averages of a study of each choice",
     gates=(
         Effect(

@@ -240,10 +240,10 @@ _fewer_heads.builds = (  # type: ignore[attr-defined]
 OTHER_HEADS = Claim(
     id="other-heads-another-width",
     kind="behaviour",
-    text="A student of 2 heads and width 64 that first learned the relations of a teacher of 6 heads and width 96, in 16 "
-    "relation heads, loses less on masked bytes after 100 steps of them than one that did not, and no more than after "
-    "one relation head; its relations of values come to half of their first distance. Each arm at the best of three "
-    "learning rates. The trained teacher's loss in its own heads is MiniLM's.",
+    text="A student of 2 heads and width 64 that first learned the relations of a teacher of 6 heads and width 96, in "
+    "16 relation heads, loses less on masked bytes after 100 steps of them than one that did not, and no more than "
+    "after one relation head; its relations of values come to half of their first distance. Each arm at the best of "
+    "three learning rates. The trained teacher's loss in its own heads is MiniLM's.",
     figure="table 1: relation heads 48 for BERT-base; the student's heads are free",
     gates=(
         Effect(
