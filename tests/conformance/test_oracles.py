@@ -22,6 +22,7 @@ from torch import nn
 from conformance.cases import FAMILIES, Case
 from conformance.checks import drawn_ids, same
 from conformance.variants import EXPERTS, layout, layouts, variants
+from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
@@ -491,6 +492,9 @@ def _() -> None:
     stack = ready(validate(TransformerSpec, model).build()).decoder
     same(stack.added(torch.tensor([[5, 0]])), stack.positions["learned"].weight[[5, 0]][None])
     assert stack.limit == 16
+    later = {**model, "depth": 2, "position": "t5", "layers": [{"at": 1, "position": "t5_learned"}]}
+    with pytest.raises(TorchstoneError, match="position t5_learned adds to the input and cannot differ by layer"):
+        validate(TransformerSpec, later).build()
 
 
 @oracle("position", "sinusoidal")

@@ -138,7 +138,7 @@ class TransformerSpec(LayerSpec, ModelSpec):
             reason = f"attention {layer.attention.kind} has no bidirectional form; it needs causal: true"
         elif layer.position.causal_only and not causal:
             reason = f"position {layer.position.kind} has no bidirectional form; it needs causal: true"
-        elif layer.position.added not in (None, self._plans[side][0].position.added):
+        elif layer.position.gives == "embedding" and layer.position != self._plans[side][0].position:
             reason = f"position {layer.position.kind} is added to the input and cannot differ by layer"
         elif causal and self.encoder is not None and not layer.block.takes_memory:
             reason = f"block {layer.block.kind} has no place for a cross-attention"
