@@ -492,7 +492,7 @@ def _() -> None:
     stack = ready(validate(TransformerSpec, model).build()).decoder
     same(stack.added(torch.tensor([[5, 0]])), stack.positions["learned"].weight[[5, 0]][None])
     assert stack.limit == 16
-    later = {**model, "depth": 2, "position": "t5", "layers": [{"at": 1, "position": "t5_learned"}]}
+    later = {**model, "depth": 2, "position": "t5", "layers": [{"at": [1], "position": "t5_learned"}]}
     with pytest.raises(TorchstoneError, match="position t5_learned adds to the input and cannot differ by layer"):
         validate(TransformerSpec, later).build()
 
