@@ -205,6 +205,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("residual", "pre"): lambda spec: (1, 1, 0),
     ("residual", "layer_scale"): lambda spec: (1, spec.final, 0),
     ("residual", "post"): lambda spec: (1, 0, 0),
+    ("residual", "post_scaled"): lambda spec: (1, 0, 0),
     ("residual", "sandwich"): lambda spec: (2, 1, 0),
     ("residual", "deepnorm"): lambda spec: (1, 0, 0),
     ("residual", "subln"): lambda spec: (1, 1, 1),
@@ -222,6 +223,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("position", "learned"): lambda spec, D, H, context: context * D,
     ("position", "t5"): lambda spec, D, H, context: spec.buckets * H,
     ("position", "relative_2d"): lambda spec, D, H, context: ((2 * spec.side - 1) ** 2 + 3 * spec.class_token) * H,
+    ("position", "t5_learned"): lambda spec, D, H, context: spec.buckets * H,  # what it adds is counted beside it
     ("embedding", "token"): _tokens,
     ("embedding", "patch"): lambda spec, D, V: (
         spec.channels * spec.patch**2 * D + D + D * spec.class_token + D * spec.mask_token
@@ -355,5 +357,7 @@ def parameters(spec: TransformerSpec) -> int:
             heads = heads if plan[0].position.scope == "layer" else list(set(heads))  # each sort of heads has a module
             for _, H, _ in heads if plan[0].position.gives == "bias" else [(0, 0, 0)]:
                 total += of(plan[0].position)(plan[0].position, E, H, spec.context)
+            if (added := plan[0].position.added) not in (None, plan[0].position):
+                total += of(added)(added, E, 0, spec.context)
             total += of(spec.stack)(spec.stack, layers, D, V)
     return total

@@ -22,6 +22,7 @@ from torch import nn
 from conformance.cases import FAMILIES, Case
 from conformance.checks import drawn_ids, same
 from conformance.variants import EXPERTS, layout, layouts, variants
+from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.context import Context, Memory
@@ -32,6 +33,7 @@ from torchstone.model.site import Site, initialise
 from torchstone.model.stack import LayerSpec
 from torchstone.model.stack.multi_token import predict
 from torchstone.model.tokens import Tokens
+from torchstone.model.transformer import TransformerSpec
 from torchstone.ops import noise
 from torchstone.spec import PartSpec, kinds, resolve, validate
 
@@ -501,6 +503,22 @@ def _() -> None:
     assert module.limit == 64
 
 
+@oracle("position", "t5_learned")
+def _() -> None:
+    fields, tokens = {"buckets": 8, "far": 10}, Tokens(torch.arange(9)[None])
+    ours, plain = (
+        ready(resolve("position", kind)(**fields).build(8, 4, 32, 64, False)) for kind in ("t5_learned", "t5")
+    )
+    same(ours.bias(tokens, tokens), plain.bias(tokens, tokens))
+    model = {"width": 32, "depth": 1, "vocabulary": 9, "context": 16, "position": "t5_learned"}
+    stack = ready(validate(TransformerSpec, model).build()).decoder
+    same(stack.added(torch.tensor([[5, 0]])), stack.positions["learned"].weight[[5, 0]][None])
+    assert stack.limit == 16
+    later = {**model, "depth": 2, "position": "t5", "layers": [{"at": [1], "position": "t5_learned"}]}
+    with pytest.raises(TorchstoneError, match="position t5_learned adds to the input and cannot differ by layer"):
+        validate(TransformerSpec, later).build()
+
+
 @oracle("position", "sinusoidal")
 def _() -> None:
     for width, scale in ((8, 1.0), (7, 0.02)):
@@ -809,6 +827,11 @@ def _() -> None:
 @oracle("residual", "post")
 def _() -> None:
     assert isinstance(joined("post", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
+
+
+@oracle("residual", "post_scaled")
+def _() -> None:
+    assert isinstance(joined("post_scaled", lambda x, f, m: rms(x + f(x), m.norm.weight)), nn.Identity)
 
 
 @oracle("residual", "deepnorm")

@@ -133,6 +133,7 @@ def ten_losses(sections: dict[str, Any]) -> list[float]:
         VOCABULARY, 0, 1, 2, 2, "none",
         lambda run: another if run == "another" else build_model(recipe.model, recipe.trainer.seed),
         recipe.model,
+        lambda: torch.arange(VOCABULARY),
     )  # fmt: skip
     facts = replace(facts, **({} if case is None else case.facts))
     classifies = head_of(recipe).endswith("classification") and recipe.objective.kind == "causal_lm"

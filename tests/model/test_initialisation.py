@@ -63,6 +63,19 @@ def test_weights_start_as_the_residual_says() -> None:
     assert layer.attention_residual.norm.weight.eq(1).all()
 
 
+def test_outputs_start_smaller_the_deeper_their_layer() -> None:
+    built = initialise(spec(width=128, depth=6, residual="post_scaled").build(), 0)
+    for number, layer in enumerate(built.decoder.layers):
+        for weight, std in (
+            (layer.attention.qkv.weight, 0.02),
+            (layer.ffn.gate_up.weight, 0.02),
+            (layer.attention.out.weight, 0.02 / math.sqrt(2 * (number + 1))),
+            (layer.ffn.down.weight, 0.02 / math.sqrt(2 * (number + 1))),
+        ):
+            assert weight.std().item() == pytest.approx(std, rel=0.03)
+    assert built.embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
 def test_slices_of_a_fused_projection_start_by_their_own_roles() -> None:
     seen = []
 

@@ -53,7 +53,7 @@ def prepared(objective: ReplacedToken, key: int = 1) -> Batch:
 
 def generated(model: Any, objective: ReplacedToken, batch: Batch) -> torch.Tensor:
     """Logits of the generator (N, V) at masked places."""
-    objective.generator.embedding.lend(model.embedding)  # type: ignore[union-attr, operator]
+    objective._lend(model)
     out = objective.generator(tokens_of(batch, batch["masked"]), mask=BIDIRECTIONAL)  # type: ignore[misc]
     return out.logits[batch["targets"] >= 0]
 
@@ -108,7 +108,36 @@ def test_each_network_learns_from_its_own_losses() -> None:
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
     of_model = dict(model.named_parameters())
     reached = torch.autograd.grad(found.terms["generator"].total, list(of_model.values()), allow_unused=True)
-    assert {name for name, grad in zip(of_model, reached, strict=True) if grad is not None} == {"embedding.weight"}
+    shared = {"embedding.weight", "encoder.positions.learned.weight"}
+    assert {name for name, grad in zip(of_model, reached, strict=True) if grad is not None} == shared
+
+
+@pytest.mark.parametrize("position", ["t5", "learned", "t5_learned"])
+def test_tables_of_positions_are_shared_where_dropout_is_the_same(position: str) -> None:
+    def made(sampling: str, dropout: float, patch: dict[str, Any]) -> tuple[Any, Any, set[str]]:
+        fields = {"position": position, "dropout": dropout}
+        model, objective = pair(model=fields, sampling=sampling, generator={"depth": 1, **patch})
+        generator: Any = objective.generator
+        return model, objective, {name for name, _ in generator.named_parameters() if "position" in name}
+
+    for sampling, patch in (("zero_dropout", {}), ("train", {"dropout": 0.0}), ("train", {"attention": {"heads": 4}})):
+        assert made(sampling, 0.1, patch)[2], (sampling, patch)
+    for sampling, dropout in (("train", 0.1), ("eval", 0.1), ("zero_dropout", 0.0)):
+        model, objective, names = made(sampling, dropout, {})
+        assert not names
+        term = objective(model, prepared(objective), None).terms["generator"].total
+        tables = {name: value for name, value in model.named_parameters() if "position" in name}
+        grads = torch.autograd.grad(term, list(tables.values()), retain_graph=True)
+        assert tables and all(grad.abs().max() > 0 for grad in grads)
+        _, other, names = made("train", dropout, {"dropout": 0.7})
+        assert names == set(tables)
+        other.generator.load_state_dict({**objective.generator.state_dict(), **tables})
+        torch.testing.assert_close(other(model, prepared(other), None).terms["generator"].total, term)
+
+
+def test_a_generator_that_is_deeper_than_the_model_is_remarked_on() -> None:
+    with pytest.warns(UserWarning, match="objective.generator.depth: 4 layers, more than the 3 of the model"):
+        pair(generator={"depth": 4})
 
 
 @pytest.mark.parametrize("corruption", ["uniform", "oracle"])
@@ -130,9 +159,78 @@ def test_other_sources_of_tokens(corruption: str) -> None:
     assert set(pair(corruption=corruption, corrective=0.0)[1](model, batch, None).terms) == {"detection"}
 
 
+def test_tokens_are_drawn_by_counts_of_the_training_split() -> None:
+    counts = torch.arange(V) ** 2
+    objective: Any = validate(ReplacedTokenSpec, {"corruption": "unigram", "rate": 0.4}).build(
+        Facts(V, 0, 29, 2, model=spec(), frequencies=lambda: counts)
+    )
+    assert objective.generator is None and objective.state_dict()["below"].shape == (V,)
+    ids = torch.full((20_000, 1), 5)
+    batch = {"ids": ids, "targets": ids, "draw": torch.arange(20_000) * 7 + 1}
+    drawn = torch.bincount(objective._corrupted(None, batch, None)[1], minlength=V)
+    wanted = counts.double()
+    wanted[[0, 2, 29]] = 0  # special tokens never stand in a text
+    seen = wanted > 0
+    assert not drawn[~seen].any()
+    assert chisquare(drawn[seen].numpy(), (wanted / wanted.sum() * 20_000)[seen].numpy()).pvalue > 1e-3
+    model, _ = pair()
+    assert set(objective(model, prepared(objective), None).terms) == {"detection", "correction"}
+    with pytest.raises(TorchstoneError, match="unigram needs the counts of tokens in the training split"):
+        validate(ReplacedTokenSpec, {"corruption": "unigram"}).build(Facts(V, 0, model=spec()))
+
+
+def test_counts_are_those_of_the_training_split_and_lie_in_checkpoints(tmp_path: Path) -> None:
+    objective = {**SECTIONS["objective"], "corruption": "unigram"}
+    recipe = tiny.recipe(tmp_path, **{**SECTIONS, "objective": objective}, trainer={"steps": 2, "save_every": 2})
+    full, data = tiny.resolved(recipe)
+    ids = torch.cat([batch["ids"].flatten() for batch in data.train.evaluation(64)])
+    made = tiny.trainer(recipe).objective
+    special = torch.tensor([data.tokenizer.mask, data.tokenizer.pad, data.tokenizer.separator])
+    counts = torch.bincount(ids[~torch.isin(ids, special)], minlength=full.model.vocabulary)  # type: ignore[attr-defined]
+    torch.testing.assert_close(made.below, (counts.cumsum(0) / counts.sum()).float())
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    (file,) = run.state.glob("step-*/objective.safetensors")
+    assert torch.equal(load_tensors(file)["below"], made.below)
+
+
+def test_detection_of_masked_tokens_alone() -> None:
+    model, objective = pair(detect="masked", weight=3.0)
+    batch = prepared(objective)
+    chosen, found = batch["targets"] >= 0, objective(model, batch, None)
+    corrupted = IDS.masked_scatter(chosen, objective._corrupted(model, batch, None)[1])
+    logits = model(corrupted, mask=BIDIRECTIONAL).logits[..., 0][chosen]
+    wanted = F.binary_cross_entropy(logits.sigmoid(), (corrupted == IDS)[chosen].float(), reduction="sum")
+    term = found.terms["detection"]
+    torch.testing.assert_close(term.total, wanted)
+    assert (term.over, term.weight) == ("targets", 3.0)
+    assert found.metrics["detection_accuracy"][1] == chosen.sum()
+
+
+def test_correction_that_copies_is_a_mixture_of_what_stands_there_and_the_vocabulary() -> None:
+    model, objective = pair(correction="copy", corruption="oracle")
+    assert objective(model, prepared(objective), None).terms["correction"].total.isfinite()
+    model, objective = pair(correction="copy")
+    batch = prepared(objective)
+    chosen, found = batch["targets"] >= 0, objective(model, batch, None)
+    corrupted = IDS.masked_scatter(chosen, objective._corrupted(model, batch, None)[1])
+    out = model(corrupted, mask=BIDIRECTIONAL)
+    total = 0.0
+    named = (out.hidden @ model.embedding.weight.T + objective.bias).double().softmax(-1)
+    for row, at in chosen.nonzero().tolist():
+        copy = 1 / (1 + math.exp(-float(out.logits[row, at, 0].detach())))
+        kept = copy if corrupted[row, at] == IDS[row, at] else 0.0
+        total -= math.log(kept + (1 - copy) * float(named[row, at, IDS[row, at]].detach()))
+    term = found.terms["correction"].total
+    assert term.item() == pytest.approx(total, rel=1e-5)
+    # the probability of copying is what detection makes it
+    assert torch.autograd.grad(term, model.head.out.weight, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(term, objective.bias)[0].abs().max() > 0  # type: ignore[arg-type]
+
+
 def test_sampling_with_and_without_dropout() -> None:
     def drawn(sampling: str, dropout: float, key: Key | None) -> tuple[torch.Tensor, float]:
-        model, objective = pair(sampling=sampling, generator={"depth": 1, "dropout": dropout})
+        fields = {"sampling": sampling, "generator": {"depth": 1, "dropout": dropout}}
+        model, objective = pair(model={"position": "rotary"}, **fields)  # without tables, which are shared or not
         batch = prepared(objective)
         found, ids = objective._corrupted(model, batch, key)
         return ids, float(found["generator"].total)
@@ -198,6 +296,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     )
     assert "objective.generator" in said(objective={**objective, "generator": {"dept": 1}})
     assert "less than 1" in said(objective={**objective, "rate": 1.0})
+    copies = {**objective, "correction": "copy", "weight": 0}
+    assert "copy reuses the probability that detection learns, and its weight is 0" in said(objective=copies)
     with pytest.raises(TorchstoneError, match="has no mask token"):
         ReplacedTokenSpec().build(Facts(V))
     with pytest.raises(TorchstoneError, match="needs model transformer"):

@@ -1,9 +1,9 @@
 """Position: turns the positions of tokens into what attention consumes.
 
 A kind gives one of four things: a rotation of queries and keys, a rotation and a decay of scores with distance, a score
-bias, or an embedding added to the input. A decay is no part of the rotation, because caches hold rotated keys and a
-decayed key would leave the range of numbers: it is laid on queries and keys when a product is taken
-(`torchstone.ops.attention.Decay`).
+bias, or an embedding added to the input; beside one of the first three it may name a kind that is added (`added`).
+A decay is no part of the rotation, because caches hold rotated keys and a decayed key would leave the range of numbers:
+it is laid on queries and keys when a product is taken (`torchstone.ops.attention.Decay`).
 
 Position modules belong to the stack; an attention holds a key and asks its context.
 
@@ -87,6 +87,11 @@ class PositionSpec(PartSpec):
     """Whether layers that agree in spec and sizes share one module."""
     causal_only: ClassVar[bool] = False
     """Whether it has no bidirectional form."""
+
+    @property
+    def added(self) -> PositionSpec | None:
+        """The kind whose embedding is added to the input, if any."""
+        return self if self.gives == "embedding" else None
 
     def illegal(self, dim: int) -> str | None:
         """Why heads of dimension `dim` cannot use it, or None."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torchstone.errors import TorchstoneError
 from torchstone.model.attention import AttentionSpec
 from torchstone.model.block import Block, BlockSpec
 from torchstone.model.carry import Carry
@@ -104,9 +105,13 @@ class Stack(nn.Module):
         last = plans[-1].spec
         self.norm = last.residual.final_norm(replace(site, norm_spec=last.norm, residual_spec=last.residual))
         self.absolute: str | None = None
-        if plans[0].spec.position.gives == "embedding":
+        added = plans[0].spec.position.added
+        for position in (plan.spec.position for plan in plans):
+            if position.added not in (None, added):
+                raise TorchstoneError(f"position {position.kind} adds to the input and cannot differ by layer")
+        if added is not None:
             wide = site.table_width or site.width
-            self.absolute = self.positions.add(plans[0].spec.position, wide, 1, wide)
+            self.absolute = self.positions.add(added, wide, 1, wide)
         self.recompute = False
 
     def site(self, plan: LayerPlan, site: Site) -> Site:
