@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from torchstone.model.linear import Linear
+from torchstone.model.linear import Bias, Linear
 from torchstone.model.linear.bitlinear import BitLinear, BitLinearSpec, PackedBitLinear
 from torchstone.model.measure import energy, measure
 from torchstone.model.site import Initialise, initialise
@@ -216,7 +216,7 @@ class LateSpec(BitLinearSpec):
     kind: ClassVar[str] = "bitlinear_late"
     offered: ClassVar[bool] = False
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         return _Late(d_in, outs, roles, bias, self, init)
 
 
@@ -233,7 +233,7 @@ class StuckSpec(BitLinearSpec):
     kind: ClassVar[str] = "bitlinear_stuck"
     offered: ClassVar[bool] = False
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         return _Stuck(d_in, outs, roles, bias, self, init)
 
 

@@ -17,7 +17,7 @@ from torchstone.keys import Key
 from torchstone.model.context import Context, add_aux
 from torchstone.model.feedforward.router import Router
 from torchstone.model.feedforward.router.sigmoid_bias import SigmoidBiasRouter, SigmoidBiasSpec
-from torchstone.model.linear import Linear
+from torchstone.model.linear import Bias, Linear
 from torchstone.model.linear.fp8_block import FP8BlockSpec, FP8Linear
 from torchstone.model.site import Initialise, Site, initialise
 from torchstone.model.stack.multi_token import predict, predictors_of
@@ -429,7 +429,7 @@ class UnscaledSpec(FP8BlockSpec):
     kind: ClassVar[str] = "fp8_unscaled"
     offered: ClassVar[bool] = False
 
-    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: bool, init: Initialise) -> Linear:
+    def build(self, d_in: int, outs: tuple[int, ...], roles: tuple[str, ...], bias: Bias, init: Initialise) -> Linear:
         return _Unscaled(d_in, outs, roles, bias, self, init)
 
 
