@@ -317,7 +317,7 @@ class Classifier:
             raise TorchstoneError(f"template: needs {{x}} once and {{y}} once after it, not {template!r}")
         if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
             raise TorchstoneError(f"labels: two or more different words are needed, got {list(labels)}")
-        if unknown := next((label for _, label in demonstrations if label not in labels), None):
+        if (unknown := next((word for _, word in demonstrations if word not in labels), None)) is not None:
             raise TorchstoneError(f"demonstrations: label {unknown!r} is none of {', '.join(map(repr, labels))}")
         if calibration == "contextual" and not content_free:
             raise TorchstoneError("content_free: contextual calibration needs an input without content")

@@ -42,7 +42,7 @@ def main(
     records = read_records(file)
     texts = [record.text("text") for record in records]
     known = {n: record.text("label") for n, record in enumerate(records) if "label" in record.fields}
-    if wrong := next((n for n, word in known.items() if word not in label), None):
+    if (wrong := next((n for n, word in known.items() if word not in label), None)) is not None:
         raise TorchstoneError(f"{records[wrong].where}: label {known[wrong]!r} is none of {', '.join(label)}")
     shown = read_records(demonstrations) if demonstrations else []
     made = Classifier(
