@@ -1,0 +1,1 @@
+"""Use an existing model for a task without training it."""
