@@ -12,9 +12,9 @@ and a text gets the label of its most likely component::
 Of several fits from random starts the one with the largest profit is taken, not the most likely one.
 
 Ours beside it: the feature `clr`, ``u = v - mean(v)``, which a bias on the labels' logits only translates, so that it
-changes no prediction; and the choice of a fit by `likelihood`. Two labels make plain logarithms lie on a curve. Profit
-of `clr` with two labels is a poor guide: it rewards means that are far apart. *Contextual calibration* (Zhao et al.
-2021, arXiv 2102.09690) is the baseline: probabilities are divided by those of inputs without content.
+changes no prediction; and the choice of a fit by `likelihood`. Two labels make plain logarithms lie on a curve.
+*Contextual calibration* (Zhao et al. 2021, arXiv 2102.09690) is the baseline: probabilities are divided by those of
+inputs without content.
 
 A matching looks at means alone. Where a model knows nothing of the labels it is arbitrary, and `margin` over the second
 best does not show it: half of a cloud without classes has a mean of its own too.

@@ -78,7 +78,9 @@ def certify(
     prepared = recipe.data.prepare()
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to certify")
-    found, labels, key = [], [], Key(seed).fold("certify")
+    found: list[Certified] = []
+    labels: list[torch.Tensor] = []
+    key = Key(seed).fold("certify")
     for batch in prepared.test.evaluation(256, limit):
         done = sum(map(len, labels))
         pixels = batch["pixels"].to(where)
