@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 import torch
@@ -77,7 +76,6 @@ def test_layers_and_sides_start_from_different_weights() -> None:
 
 @pytest.mark.slow
 def test_model_of_a_thousand_layers_builds_and_takes_a_step() -> None:
-    begun = time.monotonic()
     model = Case.of().model(noise=0, depth=1000)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     ids = torch.randint(0, 61, (1, 9))
@@ -90,7 +88,6 @@ def test_model_of_a_thousand_layers_builds_and_takes_a_step() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[1] < losses[0]
-    assert time.monotonic() - begun < 60
 
 
 # --------------------------------------------------------------------------------- alone, in a stranger's nn.Module
