@@ -214,7 +214,10 @@ def family_root(family: str) -> type[PartSpec]:
         TorchstoneError: there is no such family.
     """
     if family not in _ROOTS and family in FAMILIES:
-        importlib.import_module(FAMILIES[family])
+        package = importlib.import_module(FAMILIES[family])
+        for name in getattr(package, "__all__", ()):  # a package may import its root only when asked for it
+            if family not in _ROOTS:
+                getattr(package, name)
     if family not in _ROOTS:
         raise TorchstoneError(
             f"no family {family!r}{nearest(family, FAMILIES)}; families: {', '.join(sorted(FAMILIES))}"
