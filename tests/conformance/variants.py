@@ -61,11 +61,11 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "fast": {"scale_base": 0.2, "gamma": 0.3},
     },
     ("position", "t5"): {"few": {"buckets": 8, "far": 10}},
-    # grids of the patches below; ids are then places of the grid
+    # grids that the longest texts of the checks fit into; ids are then places of the grid
     ("position", "relative_2d"): {
-        "default": {"side": 4},
-        "layers": {"side": 4, "shared": False},
-        "bare": {"side": 4, "class_token": False},
+        "default": {"side": 9},
+        "layers": {"side": 9, "shared": False},
+        "bare": {"side": 9, "class_token": False},
     },
     ("scaling", "linear"): {"default": {"factor": 4.0}},
     ("scaling", "ntk"): {"default": {"factor": 4.0}},

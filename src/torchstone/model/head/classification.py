@@ -68,7 +68,7 @@ class ClassificationHead(Head):
         valid = valid.expand(B, T)
         if self.pool in ("mean", "patches"):
             if self.pool == "patches":
-                valid = valid & (torch.arange(T, device=h_BTD.device) > 0)
+                valid = valid & (valid.cumsum(1) > 1)  # all but the class token, which comes first
             weights = valid.to(h_BTD.dtype)[..., None]
             h_BD = (torch.where(valid[..., None], h_BTD, 0) * weights).sum(1) / weights.sum(1).clamp(min=1)
         else:
