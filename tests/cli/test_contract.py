@@ -178,6 +178,7 @@ def test_debug_shows_the_traceback(home: Path) -> None:
         main(["inspect", "nowhere", "--debug"])
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_hears_no_complaint() -> None:
     command = [sys.executable, "-m", "torchstone", "recipe", "schema"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,18 +153,38 @@ def all_pairs() -> list[Pair]:
     return [((a, x), (b, k)) for a, b in itertools.permutations(kinds, 2) for x in axes()[a] for k in kinds[b]]
 
 
+IMPOSSIBLE = Path(__file__).with_name("impossible.json")
+"""Pairs that no model can have, by the sentence that refuses them: looking for a model that has one takes long and ends
+with none. Pairs that it lacks are looked for, so a new kind needs no entry."""
+
+
+def written(pair: Pair) -> str:
+    return " with ".join(" ".join(item) for item in pair)
+
+
+@functools.cache
+def impossible() -> dict[Pair, str]:
+    """What is said in the file, of the pairs that there are."""
+    sentences = {pair: why for why, pairs in json.loads(IMPOSSIBLE.read_text()).items() for pair in pairs}
+    return {pair: sentences[written(pair)] for pair in all_pairs() if written(pair) in sentences}
+
+
 @functools.cache
 def covering() -> tuple[tuple[Case, ...], dict[Pair, str]]:
     """Cases in which every variant meets every kind of the other families, where that is legal, and the pairs that no
-    model can have, with a sentence each.
+    model can have, with a sentence each. That every variant meets every other variant is for the slow product."""
+    cases, illegal = cover([pair for pair in all_pairs() if pair not in impossible()])
+    return cases, impossible() | illegal
 
-    Greedy: for the first pair not covered, of many completions the legal one that covers most uncovered pairs. That
-    every variant meets every other variant is for the slow product.
+
+def cover(pairs: Sequence[Pair]) -> tuple[tuple[Case, ...], dict[Pair, str]]:
+    """Cases in which these pairs are, and those of them that are in none, with a sentence each.
+
+    Greedy: for the first pair not covered, of many completions the legal one that covers most uncovered pairs.
     """
     table = {axis: list(values) for axis, values in axes().items()}
-    order = all_pairs()
-    uncovered, illegal, cases, rng = set(order), {}, [], random.Random(0)
-    for pair in order:
+    uncovered, illegal, cases, rng = set(pairs), {}, [], random.Random(0)
+    for pair in pairs:
         if pair not in uncovered:
             continue
         (a, x), (b, kind) = pair
@@ -210,11 +232,16 @@ def _new(fixed: Mapping[str, str], axis: str, value: str, uncovered: set[Pair]) 
 def first_cases() -> frozenset[Case]:
     """Some of the covering cases, in which every variant is: what runs at every change. That kinds which go together
     meet too is for the rest, in the slow tier."""
-    cases = covering()[0]
-    left, chosen = {item for case in cases for item in case.chosen.items()}, []
+    return fewest(covering()[0], lambda case: set(case.chosen.items()))
+
+
+def fewest(cases: Iterable[Case], has: Callable[[Case], set[tuple[str, str]]]) -> frozenset[Case]:
+    """A few of the cases that have everything that all have. Greedy."""
+    items = {case: has(case) for case in cases}
+    left, chosen = set().union(*items.values()), []
     while left:
-        chosen.append(max(cases, key=lambda case: len(left & set(case.chosen.items()))))
-        left -= set(chosen[-1].chosen.items())
+        chosen.append(max(items, key=lambda case: len(left & items[case])))
+        left -= items[chosen[-1]]
     return frozenset(chosen)
 
 

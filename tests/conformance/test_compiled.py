@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -10,27 +10,35 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conformance.cases import FORMS, Case, axes, singles
+from conformance.cases import Case, covering, fewest, kind_of, singles
 from conformance.checks import drawn_ids, inputs, loss_of, same, with_memory
 from torchstone.keys import Key
 from torchstone.model.context import Context
 from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer
-from torchstone.spec import kinds
 
 pytestmark = pytest.mark.usefixtures("float64", "fresh")
 
-SINGLES = [case for case in singles() if case.chosen["embedding"] == "token" and case.chosen["head"] == "lm"]
+
+def of_tokens(cases: Iterable[Case]) -> list[Case]:
+    return [case for case in cases if case.chosen["embedding"] == "token" and case.chosen["head"] == "lm"]
 
 
-def usual_first(cases: list[Case]) -> list[Any]:
-    """The cases, those of variants marked slow: CI runs each kind by its defaults, and a window, but for kinds that are
-    long about it."""
-    usual = {name for axis in axes() for name in ([*FORMS] if axis == "form" else kinds(axis))}
-    fast = usual - {"dilated", "fp8_block", "hysparse", "longmem", "tim"} | {"softmax_window"}
-    return [
-        pytest.param(case, id=str(case), marks=() if set(case.choice) <= fast else pytest.mark.slow) for case in cases
-    ]
+def kinds_of(case: Case) -> set[tuple[str, str]]:
+    return {(axis, kind_of(axis, value)) for axis, value in case.chosen.items()}
+
+
+SINGLES = of_tokens(singles())
+LONG = {"encoder_decoder", "dilated", "fp8_block", "bitlinear", "hysparse", "longmem", "tim"}
+# a few models that have every kind that does not take long about it: what runs at every change
+FIRST = fewest([case for case in of_tokens(covering()[0]) if not LONG & {kind for _, kind in kinds_of(case)}], kinds_of)
+
+
+def cases_of(applies: Callable[[Case], bool] = lambda case: True) -> list[Any]:
+    """The usual model and those that have every kind; models that differ from it by one variant are slow."""
+    first = {Case.of(): None} | dict.fromkeys(sorted(FIRST, key=str))
+    marked = {case: () for case in first} | {case: pytest.mark.slow for case in SINGLES if case not in first}
+    return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked.items() if applies(case)]
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def shallowest(case: Case) -> int:
     return 1 if case.chosen["stack"] == "plain" else 2
 
 
-@pytest.mark.parametrize("case", usual_first(SINGLES))
+@pytest.mark.parametrize("case", cases_of())
 def test_compiled_layer_gives_the_same_values_and_gradients(case: Case) -> None:
     agree(
         case,
@@ -119,7 +127,7 @@ def graphs(case: Case, depth: int, training: bool = True, **arguments: Any) -> i
     return counter.frame_count
 
 
-@pytest.mark.parametrize("case", usual_first([c for c in SINGLES if c.form != "encoder_decoder"]))
+@pytest.mark.parametrize("case", cases_of(lambda case: case.form != "encoder_decoder"))
 def test_graphs_do_not_grow_with_depth(case: Case) -> None:
     """One a kind of layer; of HySparse there are three: full ones that hand on, full ones that do not, sparse ones."""
     assert graphs(case, 4) == graphs(case, 16) <= 3
@@ -148,7 +156,7 @@ def test_graphs_do_not_grow_from_4_to_64_layers() -> None:
     assert graphs(Case.of(), 4) == graphs(Case.of(), 64) == 1
 
 
-@pytest.mark.parametrize("case", usual_first([case for case in SINGLES if case.decodes]))
+@pytest.mark.parametrize("case", cases_of(lambda case: case.decodes))
 def test_64_decode_steps_compile_nothing_after_the_second(case: Case) -> None:
     counter = CompileCounterWithBackend("eager")
     model = compiled(case.model(depth=2, context=128), counter)

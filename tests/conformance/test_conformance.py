@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conformance.cases import Case, all_pairs, axes, covering, first_cases, pairs_of, singles
+from conformance.cases import (
+    IMPOSSIBLE,
+    Case,
+    all_pairs,
+    axes,
+    cover,
+    covering,
+    first_cases,
+    impossible,
+    pairs_of,
+    singles,
+    written,
+)
 from conformance.checks import CHECKS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -137,7 +151,19 @@ def test_every_legal_pair_of_a_variant_and_a_kind_is_in_some_model() -> None:
     covered = set().union(*(pairs_of(case.chosen) for case in cases))
     for pair in all_pairs():
         assert pair in covered or illegal.get(pair), f"{pair} is in no model and nothing forbids it"
-    assert not covered & set(illegal)
+    assert not covered & set(illegal), "impossible.json names pairs that are in models: make golden"
+
+
+@pytest.mark.slow
+def test_pairs_said_to_be_impossible_are_in_no_model_that_a_search_finds() -> None:
+    found = cover(all_pairs())[1]
+    if os.environ.get("TORCHSTONE_GOLDEN") == "write":
+        sentences: dict[str, list[str]] = {}
+        for pair, why in found.items():
+            sentences.setdefault(why, []).append(written(pair))
+        IMPOSSIBLE.write_text(json.dumps(sentences, indent=1) + "\n")
+        impossible.cache_clear()
+    assert [pair for pair in impossible() if pair not in found] == []
 
 
 def test_every_variant_is_in_a_model_that_runs_at_every_change() -> None:

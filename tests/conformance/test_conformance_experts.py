@@ -31,9 +31,14 @@ class Experts(Case):
 
 
 CASES = [Experts(Case.of().choice, name) for name in layouts()]
+# every router with the usual layout, every layout with the usual router
+FAST = {*variants("router"), *(name for name in layouts() if layouts()[name]["router"] == {"kind": "topk"})}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=() if case.layout in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_model_of_experts_has_every_property(case: Experts) -> None:
     for name, (check, applies) in CHECKS.items():
         if applies(case) and name not in ("recomputation", "bfloat16"):

@@ -261,6 +261,7 @@ def test_leftovers_of_killed_processes_are_swept_and_living_ones_kept(tmp_path: 
             assert not list(tmp_path.glob(".tmp-dead*"))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(ready: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("torchstone.data.prepare"), "_TOGETHER", 1 << 14)
     monkeypatch.setattr(importlib.import_module("torchstone.data.duplicates"), "_BUFFER", 1 << 10)

@@ -36,7 +36,15 @@ def answers(noise: NoiseSource, requests: list[Any], sampling: Sampling, logits:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"temperature": 0.6}, {"top_k": 3, "temperature": 1.5}, {"top_p": 0.8}], ids=str
+    "fields",
+    [
+        {},
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ({"temperature": 0.6}, {"top_k": 3, "temperature": 1.5}, {"top_p": 0.8})
+        ),
+    ],
+    ids=str,
 )
 def test_answers_to_one_user_are_exact_and_independent_samples(fields: dict[str, Any]) -> None:
     noise, sampling = source(), Sampling(**fields)

@@ -78,7 +78,10 @@ def test_inspect_counts_what_a_token_meets() -> None:
     assert stable["buffers"] == 3 * (100 + 1)
 
 
-@pytest.mark.parametrize("router", ["topk", "sigmoid_bias", "cosine", "hash", "stable"])
+@pytest.mark.parametrize(
+    "router",
+    ["topk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid_bias", "cosine", "hash", "stable"))],
+)
 def test_memory_of_a_training_is_estimated_with_experts(router: str) -> None:
     active = 1 if router == "stable" else 2
     fields = {"ffn": {**EXPERTS, "active": active, "router": router}}

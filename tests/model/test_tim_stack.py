@@ -136,7 +136,9 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 
 
 @BOTH
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(name, marks=[pytest.mark.slow] if name != "softmax" else []) for name in ATTENTIONS]
+)
 def test_without_communication_and_with_competition_fixed_mechanisms_are_independent(
     attention: str, residual: str
 ) -> None:

@@ -113,6 +113,7 @@ def of_two_ranks(mesh: Mesh, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_with_two_micro_batches(recipe: Recipe, tmp_path: Path) -> None:
     data = recipe(model=BIAS, trainer={"accumulate": 2})
     tiny.resolved(data)  # the cache is there before the ranks start
@@ -202,7 +203,7 @@ OLD = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize(
-    "fields", [pytest.param(BIAS, id="sigmoid_bias"), pytest.param(STABLE, id="stable", marks=OLD)]
+    "fields", [pytest.param(BIAS, id="sigmoid_bias"), pytest.param(STABLE, id="stable", marks=[OLD, pytest.mark.slow])]
 )
 def test_compiled_layers_train_alike_through_every_change(recipe: Recipe, fields: dict[str, Any]) -> None:
     torch._dynamo.reset()

@@ -61,7 +61,13 @@ def resume(folder: Path, recipe: dict[str, Any], name: str) -> RunFolder:
     return training.train(recipe, out=folder / name, resume=True, quiet=True)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_writes_a_checkpoint_and_leaves_and_resume_finishes_alike(
     tmp_path: Path, recipe: Callable[..., dict[str, Any]], number: int, status: int
 ) -> None:
@@ -78,6 +84,7 @@ def test_a_signal_writes_a_checkpoint_and_leaves_and_resume_finishes_alike(
     tiny.assert_same_run(resume(tmp_path, data, "cut"), whole)
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_resumed_equals_uncut(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> None:
     """While it starts, in the middle of writing a checkpoint, and between steps."""
     data, run = recipe(**sections()), tmp_path / "cut"
