@@ -86,9 +86,10 @@ rm -f "$stamp"
 quiet=
 [ -t 1 ] || quiet=-q
 
+# Without --no-compile most of the time goes into bytecode of modules that are never imported.
 pip_install() {
     code=0
-    .venv/bin/python -m pip --disable-pip-version-check $quiet install -c constraints.txt "$@" || code=$?
+    .venv/bin/python -m pip --disable-pip-version-check $quiet install --no-compile -c constraints.txt "$@" || code=$?
     if [ "$code" -ne 0 ]; then
         [ "$code" -ge 128 ] || rm -f "$unfinished"
         exit "$code"

@@ -95,7 +95,7 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         "binary": {"weights": "binary", "norm": "layernorm"},
         "outside": {"norm": "none", "act_bits": 4},
     },
-    ("linear", "fp8_block"): {"small": {"tile": 5}, "power_of_two": {"tile": 8, "power_of_two": True}},
+    ("linear", "fp8_block"): {"small": {"tile": 12}, "power_of_two": {"tile": 20, "power_of_two": True}},
     ("norm", "layernorm"): {"no_bias": {"bias": False}, "bare": {"gain": False, "bias": False}},
     ("residual", "layer_scale"): {"bare": {"scale": 1e-2, "final": False}},
     ("residual", "pre"): {"unscaled": {"scale_outputs": False}},

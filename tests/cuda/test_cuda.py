@@ -16,7 +16,7 @@ import torch
 import tiny
 from conformance.cases import Case, singles
 from conformance.checks import inputs, loss_of, same, with_memory
-from conformance.test_compiled import SINGLES, compiled, shallowest, usual_first
+from conformance.test_compiled import SINGLES, cases_of, compiled, shallowest
 from torchstone.evaluate import evaluate
 from torchstone.generate import Engine, Sampling
 from torchstone.keys import Key
@@ -94,7 +94,7 @@ def test_bfloat16_is_near(case: Case) -> None:
         assert (found["hidden"].float() - wanted["hidden"]).norm() < 0.1 * wanted["hidden"].norm()
 
 
-@pytest.mark.parametrize("case", usual_first([case for case in SINGLES if "fp8" not in case.chosen["linear"]]))
+@pytest.mark.parametrize("case", cases_of(lambda case: "fp8" not in case.chosen["linear"]))
 def test_compiled_by_inductor_it_gives_the_same(case: Case, float64: None) -> None:
     """But for numbers of 8 bits: Triton makes none of float64."""
     depth = shallowest(case)
