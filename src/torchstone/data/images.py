@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data._examples import Examples
+from torchstone.data.blocks import IGNORE
 from torchstone.data.corpora._files import walk
 from torchstone.data.hashing import digest, permute
 from torchstone.data.spec import DataSpec
@@ -117,15 +118,15 @@ class PreparedImages:
     tokenizer: None = None
 
 
-class Images:
+class Images(Examples):
     """The images of one split; ``len(images)`` counts them.
+
+    A batch holds ``pixels`` float32 (B, C, I, I) from 0 to 1; ``label`` int64 (B,), -100 without labels; ``example``
+    int64 (B,), numbers of the images in this split.
 
     Attributes:
         tokens: the images: there is no smaller unit that is counted.
-        bytes: 0, for there is no text, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(self, pixels_NCII: np.ndarray, label_N: np.ndarray, number: np.ndarray) -> None:
         self._pixels, self._label, self._number = pixels_NCII, label_N, number
@@ -134,26 +135,7 @@ class Images:
     def __len__(self) -> int:
         return len(self._number)
 
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``pixels`` float32 (B, C, I, I) from 0 to 1; ``label`` int64 (B,), -100 without labels; ``example`` int64
-            (B,), numbers of the images in this split.
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._batch(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Images in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._batch(np.arange(start, min(start + size, total)) * count // total)
-
-    def _batch(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         where_B = self._number[number_B]

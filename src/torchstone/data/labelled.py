@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
-from torchstone.data.blocks import shuffled
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
 from torchstone.data.spec import DataSpec
@@ -175,17 +175,17 @@ class PreparedLabelled:
         return {"classes": [str(name) for name in self.classes]}
 
 
-class LabelledTexts:
+class LabelledTexts(Examples):
     """The examples of one split, as ids; ``len(texts)`` counts them.
+
+    A batch holds ``ids`` int64 (B, T); ``valid`` bool (B, T), False where a row is padded; ``label`` int64 (B,);
+    ``example`` int64 (B,), numbers of the examples; of pairs of texts also ``segment`` int64 (B, T), 1 in the second.
 
     Attributes:
         block: tokens of a row, at most (T).
         cut: texts that were too long.
         tokens: of all rows.
-        bytes: 0: what is learned is no text, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(
         self, examples: Sequence[Labelled], number: dict[str | int, int], block: int, tokenizer: Tokenizer
@@ -218,26 +218,7 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``ids`` int64 (B, T); ``valid`` bool (B, T), False where a row is padded; ``label`` int64 (B,); ``example``
-            int64 (B,), numbers of the examples; of pairs of texts also ``segment`` int64 (B, T), 1 in the second.
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._of(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Examples in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._of(np.arange(start, min(start + size, total)) * count // total)
-
-    def _of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         rows = [self._rows[number] for number in number_B]

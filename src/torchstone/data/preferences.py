@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
-from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data.blocks import IGNORE
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
 from torchstone.data.spec import DataSpec
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     import torch
 
     from torchstone.data.tokenizer import Tokenizer
-    from torchstone.keys import Key
 
 __all__ = ["Pair", "Pairs", "PreferencesDataSpec", "PreparedPreferences", "read"]
 
@@ -137,17 +137,18 @@ class PreparedPreferences:
     hash: str
 
 
-class Pairs:
+class Pairs(Examples):
     """The pairs of one split, as ids; ``len(pairs)`` counts them.
+
+    A batch holds ``ids`` int64 (B, 2, T), the chosen response first; ``next`` int64 (B, 2, T), the token after each
+    where that is of the response or the separator behind it, else -100; ``valid`` bool (B, 2, T), False where a row is
+    padded; ``example`` int64 (B,), numbers of the pairs.
 
     Attributes:
         block: tokens of a row (T).
         pairs: ids of prompts and responses.
         tokens: of all rows.
-        bytes: 0: responses are no whole texts, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(self, pairs: Sequence[Pair], block: int, tokenizer: Tokenizer) -> None:
         self.pairs, self.block, self.tokens = pairs, block, 2 * len(pairs) * block
@@ -156,27 +157,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``ids`` int64 (B, 2, T), the chosen response first; ``next`` int64 (B, 2, T), the token after each where
-            that is of the response or the separator behind it, else -100; ``valid`` bool (B, 2, T), False where a row
-            is padded; ``example`` int64 (B,), numbers of the pairs.
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._rows(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Pairs in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._rows(np.arange(start, min(start + size, total)) * count // total)
-
-    def _rows(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         shape = len(number_B), 2, self.block

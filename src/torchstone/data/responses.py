@@ -16,7 +16,7 @@ P rows, B rows of a batch, T tokens of a row.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
-from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data.blocks import IGNORE
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
 from torchstone.data.spec import DataSpec
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import torch
 
     from torchstone.data.tokenizer import Tokenizer
-    from torchstone.keys import Key
 
 __all__ = ["PreparedResponses", "Responses", "ResponsesDataSpec"]
 
@@ -118,15 +118,15 @@ class PreparedResponses:
     hash: str
 
 
-class Responses:
+class Responses(Examples):
     """The rows of one split, as ids of prompts and responses; ``len(responses)`` counts them.
+
+    A batch holds ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each where that is of the response or the
+    separator behind it, else -100; ``valid`` bool (B, T), False where a row is padded; ``example`` int64 (B,).
 
     Attributes:
         tokens: of all rows.
-        bytes: 0: responses are no whole texts, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer) -> None:
         self._separator, self._pad = tokenizer.separator, tokenizer.pad
@@ -141,26 +141,7 @@ class Responses:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each where that is of the response or the
-            separator behind it, else -100; ``valid`` bool (B, T), False where a row is padded; ``example`` int64 (B,).
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._of(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Rows in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._of(np.arange(start, min(start + size, total)) * count // total)
-
-    def _of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         rows = [self._rows[number] for number in number_B]

@@ -17,7 +17,7 @@ P prompts, B prompts of a batch, T tokens of a row.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from torchstone.data import DataSpec, TokenizerSpec
+from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
-from torchstone.data.blocks import shuffled
 from torchstone.data.corpora._files import find, fingerprint
 from torchstone.data.corpora._lines import lines, text_of
 from torchstone.errors import TorchstoneError
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
     from torchstone.data import Tokenizer
-    from torchstone.keys import Key
 
 __all__ = ["PreparedPrompts", "Prompts", "PromptsDataSpec", "prompts_of"]
 
@@ -153,15 +152,15 @@ class PreparedPrompts:
     rows: Mapping[int, Mapping[str, Any]]
 
 
-class Prompts:
+class Prompts(Examples):
     """The prompts of one split, as ids by number; ``len(prompts)`` counts them.
+
+    A batch holds ``ids`` int64 (B, T); ``valid`` bool (B, T), False where a row is padded; ``example`` int64 (B,),
+    numbers of the prompts.
 
     Attributes:
         tokens: of all prompts.
-        bytes: 0: nothing of them is coded, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(self, prompts: Mapping[int, Sequence[int]], separator: int, pad: int) -> None:
         self.numbers = np.array(list(prompts), np.int64)
@@ -172,26 +171,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``ids`` int64 (B, T); ``valid`` bool (B, T), False where a row is padded; ``example`` int64 (B,), numbers
-            of the prompts.
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._of(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Prompts in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._of(np.arange(start, min(start + size, total)) * count // total)
-
-    def _of(self, at_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, at_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         rows = [self._rows[at] for at in at_B]
