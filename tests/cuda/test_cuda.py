@@ -16,7 +16,7 @@ import torch
 import tiny
 from conformance.cases import Case, singles
 from conformance.checks import inputs, loss_of, same, with_memory
-from conformance.test_compiled import SINGLES, cases_of, compiled, shallowest
+from conformance.test_compiled import cases_of, compiled, shallowest
 from torchstone.evaluate import evaluate
 from torchstone.generate import Engine, Sampling
 from torchstone.keys import Key

@@ -63,6 +63,7 @@ CONFIG["mixtral"] = {**CONFIG["mistral"], "num_local_experts": 3}
 MLA = {"kind": "mla", "heads": 2, "kv_latent": 6, "nope_dim": 4, "rope_dim": 2, "v_dim": 3}
 CONFIG["electra"] = {**CONFIG["llama"], "embedding_size": 6}
 CONFIG["mt5"] = CONFIG["t5"]
+CONFIG["beit"] = {**CONFIG["bert"], "image_size": 4, "patch_size": 2, "use_shared_relative_position_bias": True}
 ENCODER = {"vocab_size": 13, "encoder_embed_dim": 8, "encoder_attention_heads": 2, "encoder_layers": 3}
 DECODER = {name.replace("encoder", "decoder"): value for name, value in ENCODER.items()}
 CONFIG["torchscale_encoder"], CONFIG["torchscale_decoder"] = ENCODER, DECODER

@@ -165,14 +165,29 @@ def test_the_tensors_are_those_of_transformers_own_model(name: str) -> None:
     assert total == sum(parameter.numel() for parameter in theirs.parameters())
 
 
+_BEIT = {
+    "encoder.relative_position_bias": "shared_position_bias",
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
 def _together(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes as transformers 5 has them in memory: all experts of a layer in one tensor, gates and ups above each other
-    in it; and Mixtral's experts under the name that others have."""
+    in it; Mixtral's experts under the name that others have, and BEiT's layers under those of a decoder."""
     found: dict[str, tuple[int, ...]] = {}
     kinds = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
     kinds |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
     for name, shape in shapes.items():
         name = name.replace(".block_sparse_moe.", ".mlp.")
+        if name.startswith("beit."):
+            for old, new in _BEIT.items():
+                name = name.replace(old, new)
         if one := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
             whole = f"{one[1]}.{kinds[one[3]]}"
             rows, inputs = found.get(whole, (0, 0, shape[1]))[1:]

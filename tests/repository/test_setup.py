@@ -73,7 +73,9 @@ class Machine:
         path = self.repo / "pip.log"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
-        return [re.sub(r"--disable-pip-version-check |-q |--no-compile |-c constraints.txt ", "", line) for line in lines]
+        return [
+            re.sub(r"--disable-pip-version-check |-q |--no-compile |-c constraints.txt ", "", line) for line in lines
+        ]
 
     def fail(self, how: str, pattern: str) -> None:
         (self.repo / "pip.fails").write_text(f"{how} {pattern}\n")

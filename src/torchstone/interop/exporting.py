@@ -24,7 +24,7 @@ from torchstone.files import full_disk, read_json, write_json
 from torchstone.interop.layout import Layout, find_layout, layouts, tensors_of
 from torchstone.interop.packing import packed_spec, write_packed
 from torchstone.interop.peft import adapter
-from torchstone.interop.source import COMPANIONS
+from torchstone.interop.source import COMPANIONS, PIXELS
 from torchstone.model.linear.bitlinear import PackedBitLinear
 from torchstone.model.linear.lora import LoraLinear
 from torchstone.model.transformer import TransformerSpec
@@ -208,9 +208,21 @@ def _write_layout(
     kept = {their: buffers[step.ours] for step in layout.steps(spec) if step.ours in buffers for their in step.theirs}
     _write_tensors(work, shapes, layout.write(spec, get), dtype, kept)
     name = str(dtype).removeprefix("torch.")
+    if "image_mean" in config:
+        write_json(work / PIXELS, _pixels(config))
+        config = {key: value for key, value in config.items() if key not in ("image_mean", "image_std")}
     labels = {key: value for key, value in run.config.items() if key in ("id2label", "label2id") and key in config}
     write_json(work / "config.json", {**config, **labels, **_special(run), "dtype": name})
     _copy_companions(work, run)
+
+
+def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers makes of a picture before the model sees it, from the config of one."""
+    side, channels = config["image_size"], config["num_channels"]
+    scales = {key: (config[key] * channels)[:channels] for key in ("image_mean", "image_std")}
+    steps = {"do_resize": True, "do_center_crop": False, "do_rescale": True, "do_normalize": True}
+    name = f"{config['model_type'].title()}ImageProcessor"
+    return {"image_processor_type": name, "size": {"height": side, "width": side}, **steps, **scales}
 
 
 def _write_own(

@@ -29,6 +29,10 @@ from torchstone.train.run import RunFolder, shape_of
 __all__ = ["import_run"]
 
 _OBJECTIVES = {"lm": "causal_lm", "mlm": "masked_lm"}
+_OF_IMAGES: dict[str, dict[str, Any]] = {
+    "lm": {"kind": "masked_image", "tokenizer": "tokenizer"},
+    "classification": {"kind": "classification"},
+}
 
 
 def import_run(
@@ -154,7 +158,11 @@ def _tokenizer(given: _Given) -> Tokenizer | None:
 
 
 def _recipe(spec: TransformerSpec, tokenizer: Tokenizer | None, path: Path) -> Recipe:
-    """A recipe that goes on with this model: its tokenizer, its objective, blocks of its context."""
+    """A recipe that goes on with this model: its tokenizer, its objective, blocks of its context. Of images it says
+    where the user's are to lie."""
+    if spec.embedding.kind == "patch":
+        images = {"kind": "images", "path": "images", "labels": spec.head.kind == "classification"}
+        return validate(Recipe, {"model": spec.dump(), "data": images, "objective": _OF_IMAGES[spec.head.kind]})
     data: dict[str, Any] = {"kind": "text", "block": min(spec.context or 1024, 1024)}
     if tokenizer is not None:
         data["tokenizer"] = {"kind": "file", "path": str(path)}

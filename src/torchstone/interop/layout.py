@@ -120,12 +120,13 @@ class Rule:
 
     ``{i}`` stands for a layer's number and ``{p}`` for "weight" or "bias". With ``{e}`` in theirs the row is about a
     bank of experts' projections, and they are repeated for each of them, ``{e}`` being its number; with ``{m}`` about
-    one of modalities' projections, ``{m}`` being a letter.
+    one of modalities' projections, ``{m}`` being a letter. `where`: of which specs it holds, if not of all.
     """
 
     ours: str
     theirs: str | tuple[str, ...]
     transform: Pieces = PIECES
+    where: Callable[[TransformerSpec], bool] | None = None
 
     def match(self, name: str, count: int | None = None, each: str = "e") -> tuple[str, ...] | None:
         """Their names for the parameter `name` of ours; None if the rule is about another.
@@ -416,7 +417,8 @@ class Layout:
             TorchstoneError: a parameter has no row in the table.
         """
         model = _on_meta(spec)
-        rules = (*self.rules, *self.heads.get(spec.head.kind, ()))
+        rules = [rule for rule in self.rules if rule.where is None or rule.where(spec)]
+        rules += self.heads.get(spec.head.kind, ())
         steps = []
         for name, tensor in tensors_of(model).items():
             holder: Any = model.get_submodule(name.rpartition(".")[0])
@@ -427,7 +429,7 @@ class Layout:
                 raise TorchstoneError(f"the {self.model_type} layout has no place for the parameter {name}")
             rule, theirs = found
             shape = tuple(tensor.shape)
-            sizes = shape[:1] if len(theirs) == 1 else holder.slices  # a fused projection knows its slices
+            sizes = shape[:1] if len(theirs) == 1 else _slices(holder, name)
             transform = rule.transform.at(spec, getattr(holder, "slices", ()))
             steps.append(Step(name, shape, theirs, sizes, transform))
         return steps
@@ -514,6 +516,13 @@ class Layout:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         compare_shapes("model state", {step.ours: step.shape for step in self.steps(spec)}, shapes)
         return dict(self.write(spec, tensors.__getitem__))
+
+
+def _slices(holder: Any, name: str) -> tuple[int, ...]:
+    """What a fused projection knows: sizes of the slices of its matrix, or of those that have a bias."""
+    if not name.endswith(".bias") or isinstance(holder.biased, bool):
+        return tuple(holder.slices)
+    return tuple(size for size, has in zip(holder.slices, holder.biased, strict=True) if has)
 
 
 def _on_meta(spec: TransformerSpec) -> Transformer:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 
-__all__ = ["COMPANIONS", "CheckpointFile", "CheckpointFolder"]
+__all__ = ["COMPANIONS", "PIXELS", "CheckpointFile", "CheckpointFolder"]
 
 COMPANIONS = (
     "tokenizer.json",
@@ -32,6 +32,9 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files beside the weights that go along as they are."""
+
+PIXELS = "preprocessor_config.json"
+"""How pixels are scaled: a part of the model here."""
 
 _SLOW_TOKENIZERS = (
     "vocab.txt",
@@ -66,6 +69,9 @@ class CheckpointFolder:
         if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
             raise TorchstoneError(f"{self.path / 'config.json'}: names no model_type")
         self.config: dict[str, Any] = dict(config)
+        if (self.path / PIXELS).is_file():
+            pixels = read_json(self.path / PIXELS)
+            self.config |= {name: pixels[name] for name in ("image_mean", "image_std") if pixels.get(name)}
 
     @classmethod
     def find(cls, source: str | Path) -> CheckpointFolder:

@@ -1,4 +1,4 @@
-"""What several layouts spell alike: activations, gates, rotary positions, windows, classes."""
+"""What several layouts spell alike: activations, gates, rotary positions, windows, classes, patches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 
 from torchstone.errors import TorchstoneError
 from torchstone.interop.layout import Config, Model, Pieces
+from torchstone.model.transformer import TransformerSpec
 
 __all__ = [
     "ACTIVATIONS",
+    "CONVOLUTION",
     "GATES",
+    "SINGLE",
     "After",
     "activation_name",
     "class_names",
@@ -64,6 +67,44 @@ class After(Pieces):
 
     def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
         return [(ours[0] + self.rows, *ours[1:])]
+
+
+@dataclass(frozen=True)
+class _Convolution(Pieces):
+    """Ours (D, C * P * P) is theirs (D, C, P, P)."""
+
+    channels: int = 1
+    side: int = 1
+
+    def at(self, spec: TransformerSpec, slices: Sequence[int]) -> Pieces:
+        embedding: Any = spec.embedding
+        return _Convolution(embedding.channels, embedding.patch)
+
+    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return theirs[0].flatten(1)
+
+    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [ours.unflatten(1, (self.channels, self.side, self.side))]
+
+    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(ours[0], self.channels, self.side, self.side)]
+
+
+class _Single(Pieces):
+    """Ours (D,) is theirs (1, 1, D)."""
+
+    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return theirs[0].flatten()
+
+    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [ours[None, None]]
+
+    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(1, 1, *ours)]
+
+
+CONVOLUTION = _Convolution()
+SINGLE = _Single()
 
 
 def activation_name(ours: str) -> str:

@@ -7,13 +7,10 @@ positions are the embedding's; as elsewhere their first two rows stand for no po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from torchstone.interop.layout import Config, Layout, Model, Pieces, Rule, Shapes
+from torchstone.interop.layout import Config, Layout, Model, Rule, Shapes
+from torchstone.interop.layouts._shared import CONVOLUTION, SINGLE
 from torchstone.interop.layouts._torchscale import (
     FREE,
     KINDS,
@@ -34,47 +31,12 @@ from torchstone.interop.layouts._torchscale import (
     sided,
     stack,
 )
-from torchstone.model.transformer import TransformerSpec
 
 __all__ = ["LAYOUT"]
 
 _SIZES = {"img_size": 224, "patch_size": 16, "in_chans": 3}
 _OPTIONS = OPTIONS | sided("encoder") | {*_SIZES, "normalize_output", "share_encoder_input_output_embed"}
 _TEXT = "encoder.embed_positions.B.weight"
-
-
-@dataclass(frozen=True)
-class _Convolution(Pieces):
-    """Ours (D, C * P * P) is theirs (D, C, P, P)."""
-
-    channels: int = 1
-    side: int = 1
-
-    def at(self, spec: TransformerSpec, slices: Sequence[int]) -> Pieces:
-        embedding: Any = spec.embedding
-        return _Convolution(embedding.channels, embedding.patch)
-
-    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        return theirs[0].flatten(1)
-
-    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        return [ours.unflatten(1, (self.channels, self.side, self.side))]
-
-    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-        return [(ours[0], self.channels, self.side, self.side)]
-
-
-class _Single(Pieces):
-    """Ours (D,) is theirs (1, 1, D)."""
-
-    def join(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        return theirs[0].flatten()
-
-    def split(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        return [ours[None, None]]
-
-    def shapes(self, ours: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-        return [(1, 1, *ours)]
 
 
 def _spec(config: Config, kind: str, shapes: Shapes | None) -> dict[str, Any]:
@@ -137,10 +99,10 @@ LAYOUT = Layout(
     config=_config,
     rules=(
         Rule("embedding.weight", "text_embed.weight"),
-        Rule("embedding.project.weight", "vision_embed.proj.weight", _Convolution()),
+        Rule("embedding.project.weight", "vision_embed.proj.weight", CONVOLUTION),
         Rule("embedding.project.bias", "vision_embed.proj.bias"),
-        Rule("embedding.class_token", "vision_embed.cls_token", _Single()),
-        Rule("embedding.mask_token", "vision_embed.mask_token", _Single()),
+        Rule("embedding.class_token", "vision_embed.cls_token", SINGLE),
+        Rule("embedding.mask_token", "vision_embed.mask_token", SINGLE),
         Rule("embedding.vision_positions", "encoder.embed_positions.A.weight", TABLE),
         Rule("embedding.text_positions", _TEXT, TABLE),
         *rules("encoder", "encoder."),
