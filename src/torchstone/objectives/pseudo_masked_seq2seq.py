@@ -3,9 +3,10 @@
 
     L = - sum_t log p(y_t | x, y_1, ..., y_{t-1})
 
-The tokens that are no targets (x) have role 0: all see all of them. The t-th target has role t, and a stand-in with role
--t in its place predicts it (`torchstone.model.mask.Roles`). What nothing needs, the last target itself, is no column.
-Any data with a next token to predict will do: those of `responses`, a prompt and what is answered; of a text every token.
+The tokens that are no targets (x) have role 0: all see all of them. The t-th target has role t, and a stand-in with
+role -t in its place predicts it (`torchstone.model.mask.Roles`). What nothing needs, the last target itself, is no
+column. Any data with a next token to predict will do: prompts with responses, of which the responses are targets, or
+text, of which every token is one.
 
 Shapes: B rows, T tokens of a row, L targets of a row at most, U = T + L.
 """
