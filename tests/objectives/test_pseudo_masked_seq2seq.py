@@ -58,9 +58,9 @@ def test_one_pass_predicts_each_target_from_what_is_before_it() -> None:
             ids = torch.cat([plain["ids"][row, : source + t - 1], torch.tensor([PAD])])[None]
             role = torch.tensor([[0] * source + [*range(1, t)] + [-t]])
             alone = made(Tokens.of(ids, role=role), mask=Mask((Roles(),))).logits[0, -1]
-            torch.testing.assert_close(whole[row, T + t - 1], alone, rtol=0, atol=1e-5)
-            assert batch["targets"][row, T + t - 1] == plain["next"][row, source + t - 2]
-    assert (batch["targets"][2] < 0).all() and not batch["valid"][2, T:].any()
+            torch.testing.assert_close(whole[row, t - 1], alone, rtol=0, atol=1e-5)
+            assert batch["targets"][row, t - 1] == plain["next"][row, source + t - 2]
+    assert (batch["targets"][2] < 0).all() and not batch["valid"][2, :5].any()
 
 
 def test_a_text_is_predicted_whole_and_documents_apart() -> None:
@@ -72,9 +72,9 @@ def test_a_text_is_predicted_whole_and_documents_apart() -> None:
     place = torch.arange(T)
     causal = (place <= place[:, None]) & (start[0] == start[0][:, None])
     # without a target of its own the first token is the source; a stand-in sees what its token's predecessor sees
-    assert torch.equal(seen[0, :T, :T], causal) and torch.equal(seen[0, T:, :T], causal)
-    assert torch.equal(seen[0, T:, T:], torch.eye(T, dtype=torch.bool)) and not seen[0, :T, T:].any()
-    assert batch["position"][0, T:].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5]
+    assert torch.equal(seen[0, T:, T:], causal) and torch.equal(seen[0, :T, T:], causal)
+    assert torch.equal(seen[0, :T, :T], torch.eye(T, dtype=torch.bool)) and not seen[0, T:, :T].any()
+    assert batch["position"][0, :T].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5]
 
 
 def test_smoothing_is_of_training_alone() -> None:

@@ -51,8 +51,8 @@ def test_the_sabotage_arm_shows_a_stand_in_what_it_stands_for() -> None:
 def test_second_halves_are_predicted() -> None:
     ids = torch.randint(3, 30, (2, 21), generator=Key(0).generator())
     batch = unilm_v2.SecondHalvesSpec().build(FACTS).prepare({"ids": ids[:, :-1], "next": ids[:, 1:]}, Key(0))
-    assert batch["targets"][:, 20:].tolist() == ids[:, 10:].tolist()
-    assert batch["role"][:, :10].abs().sum() == 0
+    assert batch["targets"][:, :11].tolist() == ids[:, 10:].tolist()
+    assert batch["role"][:, 11:21].abs().sum() == 0
 
 
 @pytest.mark.slow

@@ -50,8 +50,9 @@ class PseudoMaskedSeq2seqSpec(ObjectiveSpec):
 
 
 class PseudoMaskedSeq2seq(Objective):
-    """Batch: ids, next (B, T), `next` below zero where there is no target. `prepare` adds `pseudo` (B, U), `targets`
-    (B, U), -100 where nothing is predicted, and columns `role`, `position`, `start` and `valid` for them."""
+    """Batch: ids, next (B, T), `next` below zero where there is no target. `prepare` adds `pseudo` (B, U), the
+    stand-ins and then the row, `targets` (B, U), -100 where nothing is predicted, and columns `role`, `position`,
+    `start` and `valid` for them."""
 
     def __init__(self, spec: PseudoMaskedSeq2seqSpec, stand_in: int) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class PseudoMaskedSeq2seq(Objective):
         there_BL = there_BT.gather(1, at_BL)
 
         def joined(of_text: torch.Tensor, of_stand_ins: torch.Tensor) -> torch.Tensor:
-            return torch.cat([of_text, of_stand_ins], 1)
+            return torch.cat([of_stand_ins, of_text], 1)
 
         columns = {
             "pseudo": joined(ids_BT, torch.full_like(at_BL, self.stand_in)),
@@ -90,7 +91,7 @@ class PseudoMaskedSeq2seq(Objective):
         return {**batch, **columns}
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"targets": (batch["targets"] >= 0).sum(), "tokens": batch["valid"][:, : batch["ids"].shape[1]].sum()}
+        return {"targets": (batch["targets"] >= 0).sum(), "tokens": batch["valid"][:, -batch["ids"].shape[1] :].sum()}
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
         out = model(
