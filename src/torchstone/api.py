@@ -51,7 +51,8 @@ class Run(RunFolder):
 
         Args:
             prompts: one or several texts.
-            suffix: what follows each; then what stands between is written (fill in the middle).
+            suffix: what follows each; then what stands between is written (fill in the middle), by a model of pseudo
+                masks exactly max_new_tokens tokens of it.
             device, precision, compile: where and how the model runs.
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
             attention: what a token sees of those before it: "full", "window:128", "blocks:64".
@@ -80,7 +81,8 @@ class Run(RunFolder):
         if suffix is None:
             return engine.generate(texts, options)
         suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
-        return engine.generate(infilling_prompts(self, engine.tokenizer, texts, suffixes), options)
+        asked = infilling_prompts(self, engine.tokenizer, texts, suffixes, options.max_new_tokens)
+        return engine.generate(asked, options)
 
     def evaluate(
         self,

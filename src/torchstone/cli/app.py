@@ -148,7 +148,9 @@ def generate(
         attention=attention,
         draft=draft,  # type: ignore[arg-type]
     )
-    asked_of: Any = prompts if suffix is None else infilling_prompts(folder, engine.tokenizer, prompts, suffix)
+    asked_of: Any = prompts
+    if suffix is not None:
+        asked_of = infilling_prompts(folder, engine.tokenizer, prompts, suffix, options.max_new_tokens)
     after = [""] * len(prompts) if suffix is None else suffix
     source, names = _noise(noise, seed, prompts, user, options.greedy)
     if not as_json and len(prompts) == 1:

@@ -26,6 +26,7 @@ from torch import nn
 from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.generate.compiled import CompiledStep, CompileFailed
+from torchstone.generate.infilling import stand_in_of
 from torchstone.generate.noise import NoiseSource, Request
 from torchstone.generate.noise.seeded import SeededNoise
 from torchstone.generate.sampling import Choice, Guide, History, Sampling
@@ -214,13 +215,13 @@ class Engine:
         attention: Mask = CAUSAL,
         draft: Draft | None = None,
     ) -> None:
-        if not isinstance(model, Transformer) or model.decoder is None:
-            kind = getattr(model, "kind", type(model).__name__)
-            raise TorchstoneError(f"generate: model {kind} is no decoder; generation needs causal: true")
+        self._check_model(model)
+        assert isinstance(model, Transformer)
         model.vocabulary_head()
         if compile not in get_args(Compile):
             raise TorchstoneError(f"generate: compile is one of {', '.join(get_args(Compile))}, not {compile!r}")
-        model.check_mask(attention, decoding=True)
+        if model.decoder is not None:
+            model.check_mask(attention, decoding=True)
         if draft is not None:
             self._check_draft(model, draft, compile, attention)
         self.draft = draft
@@ -270,6 +271,15 @@ class Engine:
         seq2seq = getattr(model, "encoder", None) is not None
         start = settings.get("decoder_start_token_id" if seq2seq else "bos_token_id")
         eos = settings.get("eos_token_id")
+        if seq2seq and getattr(model, "decoder", None) is None and (stand_in := stand_in_of(run)) is not None:
+            from torchstone.generate.pseudo_masked import PseudoMaskedEngine
+
+            if (cache_bits, attention, draft) != (None, "full", None):
+                raise TorchstoneError(
+                    "generate: cache_bits, attention and draft are for a decoder; this is an encoder with pseudo masks"
+                )
+            assert tokenizer is not None
+            return PseudoMaskedEngine(model, tokenizer, stand_in, eos=eos)
         return cls(
             model,
             tokenizer,
@@ -280,6 +290,12 @@ class Engine:
             attention=mask,
             draft=draft,
         )
+
+    @staticmethod
+    def _check_model(model: nn.Module) -> None:
+        if not isinstance(model, Transformer) or model.decoder is None:
+            kind = getattr(model, "kind", type(model).__name__)
+            raise TorchstoneError(f"generate: model {kind} is no decoder; generation needs causal: true")
 
     def refresh(self) -> None:
         """Take the source model's present weights: needed after they changed if the engine has a copy of them, or if it
@@ -404,7 +420,7 @@ class Engine:
         """The generations to do, checked."""
         if isinstance(prompts, str) or isinstance(memory, str):
             raise TorchstoneError("prompts: needs a list of texts or of token ids, not one text")
-        if (self.model.encoder is None) != (memory is None):
+        if (self.model.encoder is None or self.model.decoder is None) != (memory is None):
             needs = "needs memory, the encoder's inputs" if memory is None else "has no encoder, and memory was given"
             raise TorchstoneError(f"memory: this model {needs}")
         sources = None if memory is None else self._encoded(memory, "memory")
@@ -433,12 +449,14 @@ class Engine:
             if source is not None:
                 assert self.model.encoder is not None
                 self._check_length(len(source), "memory", number, len(encoded), self.model.encoder.limit)
-            # every token but the last is fed back, so the last one needs no position
-            room = sampling.max_new_tokens if limit is None else limit - before - len(ids) + 1
-            budget = min(sampling.max_new_tokens, room)
+            budget = self._budget(ids, sampling.max_new_tokens, None if limit is None else limit - before)
             writer = Writer(self.tokenizer, sampling.stop)
             rows.append(_Row(number, names[number], ids, source, budget, writer, list(ids)))
         return rows
+
+    def _budget(self, ids: list[int], asked: int, limit: int | None) -> int:
+        """New tokens, at most, of a prompt. Every token but the last is fed back, so the last one needs no position."""
+        return asked if limit is None else min(asked, limit - len(ids) + 1)
 
     @staticmethod
     def _check_length(length: int, what: str, number: int, of: int, limit: int | None, before: int = 0) -> None:

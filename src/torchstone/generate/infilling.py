@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from torchstone.data import Tokenizer
 from torchstone.data.infilling import InfillingDataSpec, Mode, Sentinels, arranged, sentinels_of
 from torchstone.errors import TorchstoneError
+from torchstone.objectives.pseudo_masked import PseudoMaskedSpec
+from torchstone.objectives.pseudo_masked_seq2seq import PseudoMaskedSeq2seqSpec
 from torchstone.train.run import RunFolder
 
-__all__ = ["infilling_prompts", "mode_of", "required_sentinels"]
+__all__ = ["infilling_prompts", "mode_of", "required_sentinels", "stand_in_of"]
+
+
+def stand_in_of(run: RunFolder) -> int | None:
+    """Id of the token that stands in for hidden ones in a run trained with pseudo masks; None for any other run."""
+    objective = run.recipe.objective
+    if not isinstance(objective, PseudoMaskedSpec | PseudoMaskedSeq2seqSpec):
+        return None
+    return run.tokenizer().pad if objective.stand_in is None else objective.stand_in
 
 
 def mode_of(run: RunFolder) -> Mode:
@@ -33,18 +43,30 @@ def required_sentinels(tokenizer: Tokenizer | None) -> Sentinels:
 
 
 def infilling_prompts(
-    run: RunFolder, tokenizer: Tokenizer | None, prefixes: Sequence[str], suffixes: Sequence[str]
+    run: RunFolder, tokenizer: Tokenizer | None, prefixes: Sequence[str], suffixes: Sequence[str], tokens: int
 ) -> list[list[int]]:
-    """The ids of each prefix with its suffix.
+    """The ids of each prefix with its suffix: between sentinels, or for a run trained with pseudo masks around as many
+    mask tokens as are to be written.
+
+    Args:
+        tokens: how many the middle has, where the model must be told.
 
     Raises:
         TorchstoneError: no sentinel tokens; another number of suffixes than of prefixes.
     """
-    sentinels, mode = required_sentinels(tokenizer), mode_of(run)
+    masked = stand_in_of(run) is not None
+    sentinels, mode = None if masked else required_sentinels(tokenizer), mode_of(run)
     assert tokenizer is not None
     if len(prefixes) != len(suffixes):
         raise TorchstoneError(f"infilling: {len(suffixes)} suffixes for {len(prefixes)} prompts; one each is needed")
     start = tokenizer.encode_input("") or [tokenizer.separator]  # as a document begins
+    if sentinels is None:
+        assert tokenizer.mask is not None
+        hole = [tokenizer.mask] * tokens
+        return [
+            [*start, *tokenizer.encode(prefix), *hole, *tokenizer.encode(suffix)]
+            for prefix, suffix in zip(prefixes, suffixes, strict=True)
+        ]
     return [
         [*start, *arranged(sentinels, mode, tokenizer.encode(prefix), tokenizer.encode(suffix))]
         for prefix, suffix in zip(prefixes, suffixes, strict=True)
