@@ -11,6 +11,7 @@ import pytest
 from torchstone.papers import deepseek_r1, r3
 from torchstone.papers._claim import Claim, decide_claim
 from torchstone.rl.reward.language import LanguageSpec
+from torchstone.rl.trajectory import read
 from torchstone.spec import validate
 
 
@@ -68,8 +69,19 @@ def test_the_consistency_that_is_rewarded_is_that_of_the_chain() -> None:
     "claim", [deepseek_r1.THINKS, deepseek_r1.DISTILS, deepseek_r1.CONSISTENT], ids=lambda claim: claim.id
 )
 def test_claims_run(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = replace(deepseek_r1._SIZES["quick"], steps=2, texts=1_000, measured=20)
+    """With a teacher that has learned nothing: what would be kept of its answers is written for it."""
+
+    def kept(dump: Path, out: Path) -> dict[str, int]:
+        prompts = [json.loads(line) for line in (out.parent / "prompts.jsonl").read_text().splitlines()]
+        right = [{"prompt": row["prompt"], "response": f".{row['answer']}"} for row in prompts]
+        out.write_text("".join(json.dumps(row) + "\n" for row in right))
+        assert len(read(dump)[0]) == len(right)
+        return {"kept": len(right)}
+
+    tiny = replace(deepseek_r1._SIZES["quick"], first_steps=3, steps=2, texts=300, prompts=64, measured=20)
     monkeypatch.setitem(deepseek_r1._SIZES, "quick", tiny)
+    monkeypatch.setattr(deepseek_r1, "_LEAST", 3)
+    monkeypatch.setattr(deepseek_r1, "filter_dump", kept)
     assert claim.run is not None
     measured = claim.run("quick", 5)
     verdict, rows = decide_claim(claim, measured.numbers, {a: [*v.values()] for a, v in measured.values.items()})

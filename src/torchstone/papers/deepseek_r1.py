@@ -8,7 +8,7 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -437,6 +437,8 @@ THINKS = Claim(
 _STUDENT = {"width": 32, "depth": 2}
 _TEACHERS = 1e-3
 """Learning rate of the teacher's policy gradients."""
+_LEAST = 150
+"""Steps after which a teacher has the form of answers, so that some are right."""
 _EPOCHS = 4
 """How often the student sees each answer of its teacher."""
 
@@ -467,8 +469,9 @@ def _looked_at(folder: Path, size: _Size, seed: int, run: RunFolder) -> tuple[fl
 def _taught(folder: Path, size: _Size, seed: int) -> _Class:
     """Train the teacher, have it answer each prompt once, keep what is right."""
     _write(folder, size, seed)
-    student = _tuned(folder, size, seed, size.first_steps, 3e-3, None, **_STUDENT)
-    base = _tuned(folder, size, seed, size.first_steps, 3e-3, None)
+    first = max(size.first_steps, _LEAST)
+    student = _tuned(folder, size, seed, first, 3e-3, None, **_STUDENT)
+    base = _tuned(folder, size, seed, first, 3e-3, None)
     teacher = _policy(folder, size, seed, "policy gradients", _TEACHERS, size.steps, base)
     said = sample(teacher, folder / "prompts.jsonl", folder / "answers.jsonl", count=1, seed=seed, batch=256)
     kept = filter_dump(folder / "answers.jsonl", folder / "good.jsonl")["kept"]
@@ -501,16 +504,17 @@ def _distils(scale: Scale, first: int) -> Measured:
         run = _tuned(folder, size, seed + shift, of.steps, lr, of.student, texts)
         return _looked_at(folder, size, seed, run)[0]
 
-    with tempfile.TemporaryDirectory(prefix="torchstone-r1-") as name:
-        folder, seed = Path(name), first + _TUNING
-        of = _taught(folder, size, seed)
-
-        def best(rates: Sequence[float], right: Callable[[float], float]) -> float:
-            return rates[0] if len(rates) == 1 else max(rates, key=right)
-
-        policy = best(size.rates, lambda lr: _found(_own(folder, size, seed, of, lr)[0], last=True)[0])
-        good = best(size.tuning, lambda lr: tuned(folder, seed, of, "good", lr))
-        more = best(size.tuning, lambda lr: tuned(folder, seed, of, "texts", lr))
+    policy, good, more = size.rates[0], size.tuning[0], size.tuning[0]
+    if len(size.rates) > 1:
+        with tempfile.TemporaryDirectory(prefix="torchstone-r1-") as name:
+            folder, seed = Path(name), first + _TUNING
+            of = _taught(folder, size, seed)
+            policies = {lr: _found(_own(folder, size, seed, of, lr)[0], last=True)[0] for lr in size.rates}
+            policy = max(policies, key=policies.__getitem__)
+            rights = {
+                texts: {lr: tuned(folder, seed, of, texts, lr) for lr in size.tuning} for texts in ("good", "texts")
+            }
+            good, more = (max(right, key=right.__getitem__) for right in rights.values())
 
     tokens = []
     for seed in range(first, first + min(size.seeds, 4)):
