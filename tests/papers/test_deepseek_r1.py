@@ -13,6 +13,7 @@ from torchstone.papers._claim import Claim, decide_claim
 from torchstone.rl.reward.language import LanguageSpec
 from torchstone.rl.trajectory import read
 from torchstone.spec import validate
+from torchstone.train import training
 
 
 @pytest.mark.parametrize("claim", [deepseek_r1.EXACT, r3.EXACT], ids=lambda claim: claim.id)
@@ -78,8 +79,9 @@ def test_claims_run(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(read(dump)[0]) == len(right)
         return {"kept": len(right)}
 
-    tiny = replace(deepseek_r1._SIZES["quick"], first_steps=3, steps=2, texts=300, prompts=64, measured=20)
+    tiny = replace(deepseek_r1._SIZES["quick"], first_steps=3, steps=2, texts=300, prompts=64, measured=8)
     monkeypatch.setitem(deepseek_r1._SIZES, "quick", tiny)
+    monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
     monkeypatch.setattr(deepseek_r1, "_LEAST", 3)
     monkeypatch.setattr(deepseek_r1, "filter_dump", kept)
     assert claim.run is not None
