@@ -70,16 +70,17 @@ class Scorer:
         return list(self.rules)
 
     def check(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Refuse prompts without the fields that rewards look at.
+        """Refuse prompts without the fields that rewards look at; null is none.
 
         Raises:
             TorchstoneError: names the first such row, and the field.
         """
         for name, (spec, _) in self.rules.items():
             for number, row in rows.items():
-                if missing := next((field for field in spec.columns if field not in row), None):
+                if missing := next((field for field in spec.columns if row.get(field) is None), None):
+                    has = "null in" if missing in row else "no"
                     raise TorchstoneError(
-                        f"reward {name}: prompt {number} has no field {missing!r}; fields: "
+                        f"reward {name}: prompt {number} has {has} field {missing!r}; fields: "
                         f"{', '.join(list(row)[:10]) or 'none'}"
                     )
 
