@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchstone.rl.trajectory import read
 from torchstone.train import training
 from torchstone.train.training import train
 
+DIGITS = (0, 1, 2, 3)
 RULES = [
     {"kind": "exact", "pattern": r"\.(.*)"},
     {"kind": "language", "alphabet": "01234+", "others": "p", "inside": r"^(.*)\."},
@@ -35,12 +37,14 @@ def test_cold_start_policy_gradients_rejection_sampling_policy_gradients(
     """By the command line; the base knows no thoughts, and every stage gets the weights that it should."""
     monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
     rng = random.Random(0)
-    plain = [{"prompt": str(d), "response": f".{rng.choice((d + 1, 0))}"} for d in (0, 1, 2, 3) * 100]
-    cold = [{"prompt": str(d), "response": f"{d}{rng.choice('+p')}1.{d + 1}"} for d in (0, 1, 2, 3) * 50]
-    asked = [{"prompt": str(d), "answer": d + 1} for d in (0, 1, 2, 3) * 10]
-    texts = {name: rows(tmp_path / f"{name}.jsonl", made) for name, made in
-             {"plain": plain, "cold": cold, "asked": asked, "general": [{"prompt": "w", "response": "0.m"}] * 20,
-              "all": [*asked, *[{"prompt": "w", "answer": "m"}] * 10]}.items()}  # fmt: skip
+    # a letter before the digit, so that no split of the prompts takes a digit away
+    plain = [{"prompt": f"{c}{d}", "response": f".{rng.choice((d + 1, 0))}"} for c in ascii_letters for d in DIGITS]
+    cold = [{"prompt": f"{c}{d}", "response": f"{d}{rng.choice('+p')}1.{d + 1}"} for c in ascii_letters for d in DIGITS]
+    asked = [{"prompt": f"{c}{d}", "answer": d + 1} for c in ascii_letters[:10] for d in DIGITS]
+    general = [{"prompt": f"{c}?", "response": "0.m"} for c in ascii_letters]
+    everything = [*asked, *({"prompt": f"{c}?", "answer": "m"} for c in ascii_letters[:10])]
+    made = {"plain": plain, "cold": cold, "asked": asked, "general": general, "all": everything}
+    texts = {name: rows(tmp_path / f"{name}.jsonl", lines) for name, lines in made.items()}
     good = tmp_path / "good.jsonl"
 
     def stage(name: str, steps: int, start: str | None, files: Any, policy: bool = False) -> Path:
@@ -69,9 +73,9 @@ def test_cold_start_policy_gradients_rejection_sampling_policy_gradients(
         logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return [row["valid_pass@1"] for row in logged if "valid_pass@1" in row]
 
-    stage("base", 60, None, texts["plain"])
-    stage("first", 60, "base", texts["cold"])
-    second = stage("second", 15, "first", texts["asked"], policy=True)
+    stage("base", 200, None, texts["plain"])
+    stage("first", 150, "base", texts["cold"])
+    second = stage("second", 30, "first", texts["asked"], policy=True)
     done = cli("rl", "sample", second, texts["asked"], "--n", 4, "--out", tmp_path / "dump.jsonl")
     assert done.status == 0, done.err
     done = cli("rl", "filter", tmp_path / "dump.jsonl", "--out", good, "--at-least", 2)
@@ -79,9 +83,9 @@ def test_cold_start_policy_gradients_rejection_sampling_policy_gradients(
     kept = [json.loads(line) for line in good.read_text().splitlines()]
     full = {(each.prompt_text, each.text) for each in read(tmp_path / "dump.jsonl")[0] if each.reward == 2}
     assert kept and {(row["prompt"], row["response"]) for row in kept} == full
-    assert all(row["response"].endswith(f".{int(row['prompt']) + 1}") and "p" not in row["response"] for row in kept)
-    stage("third", 60, "base", [str(good), texts["general"]])
-    fourth = stage("fourth", 10, "third", texts["all"], policy=True)
+    assert all(row["response"].endswith(f".{int(row['prompt'][1]) + 1}") and "p" not in row["response"] for row in kept)
+    stage("third", 150, "base", [str(good), texts["general"]])
+    fourth = stage("fourth", 20, "third", texts["all"], policy=True)
 
     # a base that answers without a thought is right half of the time; after four stages it is nearly always
     assert pass_at_1(fourth)[-1] > 0.85
@@ -89,7 +93,7 @@ def test_cold_start_policy_gradients_rejection_sampling_policy_gradients(
     assert cli("rl", "sample", fourth, texts["all"], "--n", 1, "--out", dump, "--json").status == 0
     last, _ = read(dump)
     thinks = [each for each in last if each.rewards["language"] == 1.0]
-    assert len(thinks) / len(last) > 0.85 and {each.prompt_text for each in thinks} == {"0", "1", "2", "3", "w"}
+    assert len(thinks) / len(last) > 0.85 and {each.prompt_text[-1] for each in thinks} == {"0", "1", "2", "3", "?"}
 
 
 @pytest.mark.parametrize(("answer", "has"), [({}, "no"), ({"answer": None}, "null in")])
