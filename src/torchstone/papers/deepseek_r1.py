@@ -434,7 +434,7 @@ THINKS = Claim(
 
 # ------------------------------------------------------------------------- to learn from a larger one that has learned
 
-_STUDENT = {"width": 32, "depth": 2}
+_STUDENT: dict[str, Any] = {"width": 32, "depth": 2}
 _TEACHERS = 1e-3
 """Learning rate of the teacher's policy gradients."""
 _LEAST = 150
