@@ -1,4 +1,4 @@
-"""Examples that are held in memory, in the order that every split has.
+"""Examples that are found by their number, in the order that every split has.
 
 B examples of a batch.
 """

@@ -13,14 +13,15 @@ B examples, T tokens that the model reads, S = T + 1, W random words.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from torchstone.data.blocks import IGNORE, shuffled
+from torchstone.data._examples import Examples
+from torchstone.data.blocks import IGNORE
 from torchstone.data.hashing import digest, mix
 from torchstone.data.spec import DataSpec
 from torchstone.errors import TorchstoneError
@@ -117,16 +118,16 @@ class TaskSpec(DataSpec):
         return PreparedTask(splits["train"], splits["valid"], splits["test"], description, content)
 
 
-class TaskSplit:
+class TaskSplit(Examples):
     """The examples of one split; ``len(split)`` counts them.
+
+    A batch holds ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each where that is an answer, else -100;
+    ``example`` int64 (B,), numbers of the examples.
 
     Attributes:
         block: tokens of an example that the model reads (T).
         tokens: of all examples.
-        bytes: 0, for there is no text, hence no bits per byte.
     """
-
-    bytes = 0
 
     def __init__(self, spec: TaskSpec, split: str) -> None:
         self._spec, self._split = spec, split
@@ -135,25 +136,6 @@ class TaskSplit:
 
     def __len__(self) -> int:
         return self._spec.size(self._split)
-
-    def batch(
-        self, key: Key, step: int, size: int, micro: int = 0, accumulate: int = 1, rank: int = 0, ranks: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of one rank in one step, as `torchstone.data.Blocks.batch` orders them.
-
-        Returns:
-            ``ids`` int64 (B, T); ``next`` int64 (B, T), the token after each where that is an answer, else -100;
-            ``example`` int64 (B,), numbers of the examples.
-        """
-        first = ((step * accumulate + micro) * ranks + rank) * size
-        return self._batch(shuffled(len(self), key, first, size))
-
-    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Examples in order, in batches of `size`; with a `limit` that many, spread evenly."""
-        count = len(self)
-        total = count if limit is None else min(max(limit, 0), count)
-        for start in range(0, total, size):
-            yield self._batch(np.arange(start, min(start + size, total)) * count // total)
 
     def score(
         self, predicted_BT: torch.Tensor, batch: dict[str, torch.Tensor]
@@ -172,7 +154,7 @@ class TaskSplit:
             "exact": (exact_B.sum(), there_BT.any(1).sum()),
         }
 
-    def _batch(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
+    def _rows_of(self, number_B: np.ndarray) -> dict[str, torch.Tensor]:
         import torch
 
         ids_BS, answer_BS = self._spec.sequences(self._split, number_B)
