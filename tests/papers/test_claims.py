@@ -192,6 +192,9 @@ def test_arms_are_trained_as_a_comparison(tmp_path: Path, monkeypatch: pytest.Mo
     assert seeds == {"base": [0, 1], "method": [0, 1], "broken": [0], "null": [100_000]}
     assert all(cell["recipe"] and cell["loss_digest"] and cell["corpus"] for cell in found.cells)
     assert found.numbers["method - base"] < 0
+    also = Effect("beyond the defect", "method", "broken", margin=-1.0, sabotage="null")  # a reference needs all seeds
+    found = run_claim(claim(replace(BETTER, margin=0.0), also, arms=arms), "quick", jobs=2)
+    assert [c["seed"] for c in found.cells if c["arm"] == "broken"] == [0, 1]
     with pytest.raises(TorchstoneError, match="has no scale gpu; it has quick"):
         run_claim(claim(BETTER, arms=arms), "gpu")
 

@@ -134,11 +134,13 @@ def run_claim(
 def _compared(
     claim: Claim, arms: Arms, scale: Scale, out: Path, jobs: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Cells of the claim's arms: controls under fewer seeds than the rest, shifted ones under others."""
+    """Cells of the claim's arms: those that are controls alone under fewer seeds than the rest, shifted ones under
+    others."""
     setting = arms.settings.get(scale)
     if setting is None:
         raise TorchstoneError(f"claim {claim.id}: has no scale {scale}; it has {', '.join(arms.settings)}")
     controls = {arm for gate in claim.gates for arm in gate.control_arms}
+    controls -= {arm for gate in claim.gates if isinstance(gate, Effect) for arm in (gate.arm, gate.against)}
     main = [name for name in arms.patches if name not in controls]
     first = FIRST_SEED[scale]
     groups = [(main, setting.seeds, 0, "main")]
