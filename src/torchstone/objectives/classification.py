@@ -50,15 +50,19 @@ class Classification(Objective):
         out = model(inputs, key=None if key is None else key.tensor(batch["label"].device))
         if out.logits.shape != (len(batch["label"]), self.classes):
             raise TorchstoneError(
-                f"objective classification: the data have {self.classes} classes, and the model's logits are "
+                f"objective {self.spec.kind}: the data have {self.classes} classes, and the model's logits are "
                 f"{tuple(out.logits.shape)}; set model.head: {{kind: classification, classes: {self.classes}}}"
             )
         known = batch["label"] >= 0
-        logits_NC, label_N = at_least_float32(out.logits[known]), batch["label"][known]
-        loss = F.cross_entropy(logits_NC, label_N, reduction="sum", label_smoothing=self.spec.smoothing)
-        found = Result.of({"loss": Term(loss, "examples")}, getattr(out, "aux", {}))
-        found.metrics["accuracy"] = (logits_NC.argmax(-1) == label_N).sum(), known.sum()
+        logits_NC = at_least_float32(out.logits[known])
+        terms = {"loss": Term(self.loss(logits_NC, batch, known), "examples")}
+        found = Result.of(terms, getattr(out, "aux", {}))
+        found.metrics["accuracy"] = (logits_NC.argmax(-1) == batch["label"][known]).sum(), known.sum()
         return found
+
+    def loss(self, logits_NC: torch.Tensor, batch: Batch, known_B: torch.Tensor) -> torch.Tensor:
+        """Sum over the examples with a label, those where `known_B`, of which there are scores."""
+        return F.cross_entropy(logits_NC, batch["label"][known_B], reduction="sum", label_smoothing=self.spec.smoothing)
 
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
         found = self(model, batch, None)

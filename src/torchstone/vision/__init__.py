@@ -1,8 +1,8 @@
 """Vision: image tokenizers, masked image modelling, and a linear probe of what an encoder learned (BEiT, Bao et al.
 2022, arXiv 2106.08254). Pictures go through the backbone of all models, as patches.
 
-The parts are found by the registry: objectives `masked_image` and `discrete_vae`, model `discrete_vae`. Importing this
-package imports no torch.
+The parts are found by the registry: objectives `masked_image`, `image_classification` and `discrete_vae`, model
+`discrete_vae`. Importing this package imports no torch.
 """
 
 from __future__ import annotations
