@@ -315,24 +315,28 @@ def _noise(model: nn.Module, std: float, key: Key) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Size:
-    """What a scale spends on policies."""
+    """What a scale spends on policies: `steps` of which the last `late` say what a policy has come to."""
 
     first_steps: int
     steps: int
+    late: int
     batch: int
     measured: int
     seeds: int
-    calm_seeds: int
+    other_seeds: int
+    rates: tuple[float, ...]
 
 
 _SIZES = {
-    "quick": _Size(first_steps=5, steps=2, batch=4, measured=16, seeds=1, calm_seeds=1),
-    "evidence": _Size(first_steps=300, steps=60, batch=16, measured=256, seeds=5, calm_seeds=3),
+    "quick": _Size(5, steps=2, late=2, batch=4, measured=16, seeds=1, other_seeds=1, rates=(2e-4,)),
+    "evidence": _Size(600, 150, late=40, batch=16, measured=200, seeds=5, other_seeds=3, rates=(1e-4, 2e-4, 4e-4)),
 }
-_BELOW, _LONGEST = 50, 3
-"""Numbers that are added are below; tokens of an answer, with its end."""
-_STD, _RATE, _LATE, _AGAIN = 0.3, 1e-3, 10, 200_000
-"""Of the noise; learning rate of policies; steps at the end whose rewards count; distance of seeds that draw anew."""
+_BELOW, _LONGEST, _BLOCK = 30, 3, 12
+"""Numbers that are added are below; tokens of an answer with its end, and of all."""
+_STD = 0.3
+"""Of the noise on logits."""
+_TUNING, _AGAIN = 100_000, 200_000
+"""Distances of the seed that the learning rate is chosen on, and of seeds that draw anew."""
 _ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "truncated weights": {"correction": "truncate", "cap": 2.0},
@@ -357,7 +361,7 @@ def _tuned(folder: Path, size: _Size, seed: int) -> RunFolder:
     recipe: dict[str, Any] = {
         "model": {"width": 48, "depth": 2, "attention": {"heads": 4},
                   "ffn": {"kind": "moe", "experts": 8, "active": 2, "hidden": 48, "router": router}},
-        "data": {"kind": "responses", "path": str(folder / "sums.jsonl"), "block": 12, "tokenizer": "bytes",
+        "data": {"kind": "responses", "path": str(folder / "sums.jsonl"), "block": _BLOCK, "tokenizer": "bytes",
                  "cache": str(folder / "cache")},
         "optimizer": {"lr": 3e-3},
         "schedule": {"kind": "cosine", "warmup": 20},
@@ -368,26 +372,68 @@ def _tuned(folder: Path, size: _Size, seed: int) -> RunFolder:
     return train(recipe, out=folder / "tuned", quiet=True)
 
 
-def _policy(folder: Path, size: _Size, seed: int, base: RunFolder, **fields: Any) -> tuple[float, float, float]:
-    """Of one training: ln of the mean over steps of the estimated KL(rollout || train), the mean reward of the last
-    steps, and the share of right answers to held-out sums."""
+def _policy(
+    folder: Path, size: _Size, seed: int, base: RunFolder, lr: float, std: float, **fields: Any
+) -> tuple[float, float, float]:
+    """Of one training: the mean over steps of the estimated KL(rollout || train), the mean reward of the last steps,
+    and the share of right answers to held-out sums."""
     recipe: dict[str, Any] = {
         "init_from": str(base.path),
         "data": {"kind": "prompts", "path": str(folder / "sums.jsonl"), "valid": str(folder / "valid.jsonl"),
-                 "block": 12, "cache": str(folder / "cache")},
+                 "block": _BLOCK, "cache": str(folder / "cache")},
         "objective": {"kind": NoisySpec.kind, "group": 8, "rewards": [{"kind": "exact"}], "rounds": 2,
-                      "sampling": {"max_new_tokens": _LONGEST}, **fields},
-        "optimizer": {"lr": _RATE, "weight_decay": 0.0},
+                      "sampling": {"max_new_tokens": _LONGEST}, "noise": std, **fields},
+        "optimizer": {"lr": lr, "weight_decay": 0.0},
         "schedule": {"kind": "linear", "warmup": 10},
         **one_thread(size.steps, size.batch, blocks=size.measured),
     }  # fmt: skip
     recipe["trainer"] |= {"seed": seed, "device": "cpu", "log_every": 1}
     recipe["evaluate"] |= {"test": False}
-    rows = train(recipe, out=folder / f"policy {seed} {len(list(folder.iterdir()))}", quiet=True).metrics()
-    steps = [row for row in rows if "sampler_kl" in row]
-    kl, reward = (np.array([row[name] for row in steps]) for name in ("sampler_kl", "reward"))
+    rows = train(recipe, out=folder / f"policy {len(list(folder.iterdir()))}", quiet=True).metrics()
+    kl, reward = (np.array([row[name] for row in rows if name in row]) for name in ("sampler_kl", "reward"))
     right = [float(row["valid_pass@1"]) for row in rows if "valid_pass@1" in row][-1]
-    return math.log(kl.mean()), float(reward[-_LATE:].mean()), right
+    return float(kl.mean()), float(reward[-size.late :].mean()), right
+
+
+def _begun(folder: Path, size: _Size, seed: int) -> RunFolder:
+    _write(folder, size, seed)
+    return _tuned(folder, size, seed)
+
+
+def _rate(size: _Size, seed: int) -> float:
+    """The learning rate that policy gradients without replay get the most reward with."""
+    if len(size.rates) == 1:
+        return size.rates[0]
+    with tempfile.TemporaryDirectory(prefix="torchstone-r3-") as name:
+        folder = Path(name)
+        base = _begun(folder, size, seed)
+        return max(size.rates, key=lambda lr: _policy(folder, size, seed, base, lr, _STD)[1])
+
+
+def _training(scale: Scale, first: int) -> Measured:
+    size = _SIZES[scale]
+    lr, values = _rate(size, first + _TUNING), dict[str, dict[int, float]]()
+    for seed in range(first, first + size.seeds):
+        runs = {"plain": (seed, _STD, _ARMS["plain"]), "rollout's routes": (seed, _STD, _ARMS["rollout's routes"])}
+        if seed < first + size.other_seeds:
+            runs |= {arm: (seed, _STD, fields) for arm, fields in _ARMS.items()}
+            runs |= {f"{arm}, no noise": (seed, 0.0, fields) for arm, fields in _ARMS.items()}
+            runs |= {"plain again": (seed + _AGAIN, _STD, _ARMS["plain"])}
+            runs |= {"routes of the token before": (seed, _STD, {"replay": "rollout", "turned": True})}
+        with tempfile.TemporaryDirectory(prefix="torchstone-r3-") as name:
+            folder = Path(name)
+            base = _begun(folder, size, seed)
+            for arm, (drawn, std, fields) in runs.items():
+                kl, reward, right = _policy(folder, size, drawn, base, lr, std, **fields)
+                found = {"ln KL": math.log(max(kl, 1e-300)), "reward": reward, "right": right}
+                for what, value in found.items():
+                    values.setdefault(f"{arm}: {what}", {})[seed] = value
+    calm = [
+        abs(reward - values["plain, no noise: reward"][seed])
+        for arm in _ARMS
+        for seed, reward in values[f"{arm}, no noise: reward"].items()
+    ]
+    return Measured({"learning rate": lr, "no noise: reward, farthest from plain": max(calm)}, values)
 
 
 PAPER = Paper(
