@@ -201,7 +201,8 @@ def _disagreement(model: Any, ids_BT: torch.Tensor, key: Key) -> dict[str, tuple
 
 
 def _mismatch(scale: Scale, first: int) -> Measured:
-    size, values = _TEXT[scale], dict[str, dict[int, float]]()
+    size = _TEXT[scale]
+    values: dict[str, dict[int, float]] = {}
     apart: list[tuple[float, float]] = []
     experts = {"kind": "moe", "experts": 16, "active": 2, "hidden": 64, "router": {"kind": "topk", "normalise": True}}
     for seed in range(first, first + size.seeds):
@@ -216,21 +217,21 @@ def _mismatch(scale: Scale, first: int) -> Measured:
     return Measured({"router decisions that differ": layers, "tokens with one that differs": tokens}, values)
 
 
-_mismatch.builds = (  # type: ignore[attr-defined]
+_ROUTED = (
     "torchstone.rl.routes",
-    "torchstone.evaluate.routing",
     "torchstone.model.routed",
     "torchstone.model.feedforward.moe",
     "torchstone.model.feedforward.router",
     "torchstone.model.feedforward.router.topk",
     "torchstone.model.feedforward.router._scored",
 )
+_mismatch.builds = (*_ROUTED, "torchstone.evaluate.routing")  # type: ignore[attr-defined]
 
 MISMATCH = Claim(
     id="two-precisions",
     kind="behaviour",
-    text="A byte model of six layers, each of 16 experts of which two are taken, is trained in float32 and draws tokens "
-    "in bfloat16. With the drawn tokens' routes replayed, the estimated KL(rollout || train) is at most half of that "
+    text="A byte model of six layers, each of 16 experts of which two are taken, is trained in float32 and draws "
+    "tokens in bfloat16. With the drawn tokens' routes replayed, the estimated KL(rollout || train) is at most half of that "
     "with live routing, and at most twice that of a dense model; fewer tokens are more or less likely by a factor of "
     "1.2. Training's own routes replayed do nothing, and routes of the token before do harm.",
     figure="Qwen3-30B-A3B: 10 % of router decisions and 94 % of tokens differ; KL 1.5e-3 without and 7.5e-4 with "
@@ -263,7 +264,7 @@ MISMATCH = Claim(
     run=_mismatch,
 )
 
-# ------------------------------------------------------------------------------------------ a rollout with other routers
+# ----------------------------------------------------------------------------------------- a rollout with other routers
 
 
 class NoisySpec(PolicyGradientSpec):
@@ -412,7 +413,8 @@ def _rate(size: _Size, seed: int) -> float:
 
 def _training(scale: Scale, first: int) -> Measured:
     size = _SIZES[scale]
-    lr, values = _rate(size, first + _TUNING), dict[str, dict[int, float]]()
+    lr = _rate(size, first + _TUNING)
+    values: dict[str, dict[int, float]] = {}
     for seed in range(first, first + size.seeds):
         runs = {"plain": (seed, _STD, _ARMS["plain"]), "rollout's routes": (seed, _STD, _ARMS["rollout's routes"])}
         if seed < first + size.other_seeds:
@@ -428,12 +430,54 @@ def _training(scale: Scale, first: int) -> Measured:
                 found = {"ln KL": math.log(max(kl, 1e-300)), "reward": reward, "right": right}
                 for what, value in found.items():
                     values.setdefault(f"{arm}: {what}", {})[seed] = value
-    calm = [
-        abs(reward - values["plain, no noise: reward"][seed])
-        for arm in _ARMS
-        for seed, reward in values[f"{arm}, no noise: reward"].items()
-    ]
-    return Measured({"learning rate": lr, "no noise: reward, farthest from plain": max(calm)}, values)
+    replayed = [f"{arm}, no noise: reward" for arm in _ARMS if arm != "plain"]
+    calm = [abs(reward - values["plain, no noise: reward"][n]) for arm in replayed for n, reward in values[arm].items()]
+    return Measured({"learning rate": lr, "without noise: reward, farthest from plain": max(calm)}, values)
+
+
+_training.builds = (  # type: ignore[attr-defined]
+    *_BUILDS,
+    *_ROUTED,
+    "torchstone.rl.advantage",
+    "torchstone.rl.logprobs",
+    "torchstone.rl.rollout",
+    "torchstone.rl.trajectory",
+    "torchstone.rl.data.prompts",
+    "torchstone.data.responses",
+    "torchstone.rl.reward.exact",
+)
+
+TRAINING = Claim(
+    id="noisy-routers",
+    kind="behaviour",
+    text="A model of two layers of eight experts, of which two are taken, is tuned on sums and trained by policy "
+    "gradients whose answers are written under noise of 0.3 on router logits, which training does not have; at the "
+    "learning rate of three that suits them best without replay. With the rollout's routes the estimated KL(rollout || "
+    "train) is at most half of that without replay, in the mean over steps, and rewards of the last 40 of 150 steps "
+    "are at most 0.03 less. Routes of the token before do neither. Without noise no way to replay or to weigh changes "
+    "rewards by more than 0.03. Training's own routes and truncated weights are measured beside it.",
+    figure="three of three trainings without replay collapse and none with it; mean score of 71.8 against 62.2",
+    gates=(
+        Effect(
+            "at most half of the divergence, in ln",
+            "rollout's routes: ln KL",
+            "plain: ln KL",
+            margin=math.log(2),
+            null="plain again: ln KL",
+            sabotage="routes of the token before: ln KL",
+        ),
+        Effect(
+            "rewards are at most 0.03 less",
+            "rollout's routes: reward",
+            "plain: reward",
+            margin=-0.03,
+            sabotage="routes of the token before: reward",
+            lower_is_better=False,
+        ),
+        Number("without noise: reward, farthest from plain", high=0.03),
+    ),
+    run=_training,
+)
 
 
 PAPER = Paper(
@@ -446,5 +490,5 @@ PAPER = Paper(
     parts=("objective.policy_gradient",),
     summary="Experts that tokens were sent to while an answer was written are those that they are sent to when it is "
     "trained on; gates stay live.",
-    claims=(EXACT,),
+    claims=(EXACT, MISMATCH, TRAINING),
 )
