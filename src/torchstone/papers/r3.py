@@ -231,9 +231,9 @@ MISMATCH = Claim(
     id="two-precisions",
     kind="behaviour",
     text="A byte model of six layers, each of 16 experts of which two are taken, is trained in float32 and draws "
-    "tokens in bfloat16. With the drawn tokens' routes replayed, the estimated KL(rollout || train) is at most half of that "
-    "with live routing, and at most twice that of a dense model; fewer tokens are more or less likely by a factor of "
-    "1.2. Training's own routes replayed do nothing, and routes of the token before do harm.",
+    "tokens in bfloat16. With the drawn tokens' routes replayed, the estimated KL(rollout || train) is at most half of "
+    "that with live routing, and at most twice that of a dense model; fewer tokens are more or less likely by a factor "
+    "of 1.2. Training's own routes replayed do nothing, and routes of the token before do harm.",
     figure="Qwen3-30B-A3B: 10 % of router decisions and 94 % of tokens differ; KL 1.5e-3 without and 7.5e-4 with "
     "replay, 6.4e-4 of a dense model; tokens that are far off fall by an order of magnitude",
     gates=(
