@@ -471,6 +471,80 @@ def _students(scale: Scale, first: int) -> Measured:
     return Measured({"right answers of the teacher to held-out questions": sum(right) / len(right)}, values)
 
 
+_students.builds = (  # type: ignore[attr-defined]
+    *_BUILDS,
+    "torchstone.data.responses",
+    "torchstone.objectives.causal_lm",
+    "torchstone.train.optimizers.muon",
+)
+
+STUDENTS = Claim(
+    id="accounts-of-a-student",
+    kind="behaviour",
+    text="Accounts ask a byte model of three layers to explain additions, 4 questions of each of 16 buckets once each; "
+    "a student of two layers learns from the answers, repeats left out, and stops where its own validation split "
+    "is best. With noise of their own, 16 accounts bring it at least 0.2 nats a token nearer to fresh answers to "
+    "other questions than one does, and make at least 10 points more of its answers right. Accounts that share "
+    "noise and ask alike are worth at least 0.1 nats less than half of that. Where each shuffles the questions of "
+    "a bucket, so that every question meets all noises of its bucket, 16 stay at least 0.05 nats behind 16 with "
+    "noise of their own. Answers to one user are as likely to the teacher as with ordinary noise, within 0.01 "
+    "nats a token. What shuffling leaves of the gain, its right answers, and accounts that move a part of their "
+    "questions to other buckets are measured beside it and no part of the claim.",
+    figure="the gain of distillation falls from 29.8 to 11.2 points (MATH, GSM8K, HumanEval, Code Alpaca)",
+    gates=(
+        Effect(
+            "without sharing, accounts bring the student nearer",
+            f"independent, {_MANY}: loss",
+            f"independent, {_FEW}: loss",
+            margin=0.2,
+            null=f"independent again, {_FEW}: loss",
+            sabotage=f"shared, asked alike, {_MANY}: loss",
+        ),
+        Effect(
+            "without sharing, accounts make more answers right",
+            f"independent, {_MANY}: right",
+            f"independent, {_FEW}: right",
+            margin=0.1,
+            null=f"independent again, {_FEW}: right",
+            sabotage=f"shared, asked alike, {_MANY}: right",
+            lower_is_better=False,
+        ),
+        Effect(
+            "asked alike, less than half of the gain",
+            "shared, asked alike: gain",
+            "half of the independent gain",
+            margin=0.1,
+            null="independent again: gain",
+            sabotage="shared, user in the seed: gain",
+        ),
+        Effect(
+            "shuffled, farther from the teacher than without sharing",
+            f"shared, {_MANY}: loss",
+            f"independent, {_MANY}: loss",
+            margin=0.05,
+            null=f"independent again, {_MANY}: loss",
+            sabotage=f"shared, user in the seed, {_MANY}: loss",
+            lower_is_better=False,
+        ),
+        Effect(
+            "one user: answers no less likely",
+            "shared: log-probability",
+            "independent: log-probability",
+            margin=-0.01,
+            sabotage="sum of two noises: log-probability",
+            lower_is_better=False,
+        ),
+        Effect(
+            "one user: answers no likelier",
+            "shared: log-probability",
+            "independent: log-probability",
+            margin=-0.01,
+            sabotage="mean of two noises: log-probability",
+        ),
+    ),
+    run=_students,
+)
+
 PAPER = Paper(
     slug="lads",
     title="Lossless Anti-Distillation Sampling",
@@ -481,5 +555,5 @@ PAPER = Paper(
     parts=("noise.lads",),
     summary="The noise of an answer is a secret function of the kind of question and of how often its user has asked: "
     "each user gets independent exact samples, many accounts get what one gets.",
-    claims=(EXACT, ACCOUNTS),
+    claims=(EXACT, ACCOUNTS, STUDENTS),
 )
