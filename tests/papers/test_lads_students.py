@@ -1,4 +1,4 @@
-"""LADS on students of a language model: questions and explanations are what the claim says, and every arm is measured."""
+"""LADS on students of a language model: questions and explanations are what the claim says, every arm is measured."""
 
 from __future__ import annotations
 
