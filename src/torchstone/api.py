@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torchstone.compare.match import Match
     from torchstone.evaluate import Result, Sources
     from torchstone.generate import Completion
+    from torchstone.generate.noise import NoiseSpec
     from torchstone.papers._claim import Scale
 
 __all__ = ["Run", "build", "compare", "import_run", "inspect", "load", "reproduce", "train"]
@@ -45,6 +46,8 @@ class Run(RunFolder):
         cache_bits: int | None = None,
         attention: str = "full",
         draft: Literal["mtp"] | None = None,
+        noise: str | Mapping[str, Any] | NoiseSpec | None = None,
+        user: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -57,15 +60,18 @@ class Run(RunFolder):
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
             attention: what a token sees of those before it: "full", "window:128", "blocks:64".
             draft: "mtp" drafts tokens with the predictors of stack multi_token: the same text in fewer forwards.
+            noise: where randomness comes from, as "lads" or {"kind": "lads", "key_file": ...}; None goes by `seed`.
+            user: who asks, for noise that goes by user.
             sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...), laid
                 over what the run's generation_config.json sets.
 
         Raises:
             TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet, a suffix for a
-                run that has not learnt to fill in.
+                run that has not learnt to fill in; noise that lacks a key, a file or the user.
         """
         from torchstone.generate import Engine, Sampling
         from torchstone.generate.infilling import infilling_prompts
+        from torchstone.generate.noise import noise_for
 
         options = validate(Sampling, {**Sampling.of_settings(self.generation_settings()), **sampling}, "sampling")
         engine = Engine.of_run(
@@ -78,11 +84,12 @@ class Run(RunFolder):
             draft=draft,
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        source, names = (None, None) if noise is None else noise_for(noise, texts, user, options.greedy)
         if suffix is None:
-            return engine.generate(texts, options)
+            return engine.generate(texts, options, requests=names, noise=source)
         suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
         asked = infilling_prompts(self, engine.tokenizer, texts, suffixes, options.max_new_tokens)
-        return engine.generate(asked, options)
+        return engine.generate(asked, options, requests=names, noise=source)
 
     def evaluate(
         self,

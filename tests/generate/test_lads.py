@@ -16,11 +16,13 @@ import torch
 from scipy.stats import chi2_contingency, chisquare, ttest_ind
 
 import tiny
+import torchstone
 from torchstone.errors import TorchstoneError
 from torchstone.generate import Engine, History, Sampling
 from torchstone.generate.noise import NoiseSource
 from torchstone.generate.noise.lads import Counters, Hyperplanes, LadsNoise, LadsSpec, Nearest, seed_of
-from torchstone.spec import resolve, validate
+from torchstone.generate.noise.seeded import SeededNoise
+from torchstone.spec import validate
 
 KEY = bytes(range(32))
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
@@ -105,7 +107,7 @@ def test_log_probabilities_of_answers_are_those_of_ordinary_samples() -> None:
     own = LOGITS.log_softmax(-1).numpy()
     noise = source()
     shared = answers(noise, noise.visit(["u"] * 5000, ["x"] * 5000), Sampling())
-    plain = answers(resolve("noise", "seeded")(seed=1).build(), list(range(5000)), Sampling())  # type: ignore[attr-defined]
+    plain = answers(SeededNoise(1), list(range(5000)), Sampling())
     assert not np.array_equal(shared, plain) and ttest_ind(own[shared], own[plain]).pvalue > 1e-3
 
 
@@ -152,6 +154,23 @@ def test_it_is_asked_for_on_the_command_line(tmp_path: Path, cli: Callable[..., 
     assert unknown.status == 2 and "no noise kind 'ladz'; did you mean 'lads'" in unknown.err.replace(" (did", "; did")
     greedy = cli(*ask[:-1], 0, "--noise", asked, "--user", "ann")
     assert greedy.status == 0 and "noise lads: no effect at temperature 0" in greedy.err
+
+
+def test_it_is_asked_for_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = torchstone.load(tiny.saved(tmp_path / "run", tiny.recipe(tmp_path)).path)
+    (tmp_path / "key").write_text(KEY.hex())
+    noise = {"kind": "lads", "key_file": str(tmp_path / "key"), "counters": str(tmp_path / "visits.sqlite")}
+
+    def said(user: str | None, **more: Any) -> str:
+        return run.generate("abc", noise=noise, user=user, max_new_tokens=8, **{"temperature": 1.0, **more})[0].text
+
+    assert said("ann") == said("bob") != said("ann")
+    with pytest.raises(TorchstoneError, match="noise lads: needs the name of the user"):
+        said(None)
+    with pytest.raises(TorchstoneError, match="no noise kind 'ladz'"):
+        run.generate("abc", noise="ladz")
+    assert said("ann", temperature=0.0) == said(None, temperature=0.0)
+    assert "noise lads: no effect at temperature 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

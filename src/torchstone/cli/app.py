@@ -122,6 +122,8 @@ def generate(
     from torchstone.api import load
     from torchstone.generate import Engine, Sampling
     from torchstone.generate.infilling import infilling_prompts
+    from torchstone.generate.noise import noise_for
+    from torchstone.recipe import parse_override
     from torchstone.spec import validate
 
     prompts = list(prompt) if prompt else ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()]
@@ -152,7 +154,9 @@ def generate(
     if suffix is not None:
         asked_of = infilling_prompts(folder, engine.tokenizer, prompts, suffix, options.max_new_tokens)
     after = [""] * len(prompts) if suffix is None else suffix
-    source, names = _noise(noise, seed, prompts, user, options.greedy)
+    source, names = None, None
+    if noise is not None:
+        source, names = noise_for(parse_override(f"noise={noise}")["noise"], prompts, user, options.greedy)
     if not as_json and len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)
@@ -174,26 +178,6 @@ def generate(
     if draft is not None:
         share = f" ({engine.accepted / engine.drafted:.1%})" if engine.drafted else ""
         print(f"draft {draft}: {engine.accepted:,} of {engine.drafted:,} tokens accepted{share}", file=sys.stderr)
-
-
-def _noise(asked: str | None, seed: int, prompts: list[str], user: str | None, greedy: bool) -> tuple[Any, Any]:
-    """The noise source that was asked for, and the names of the generations in it; counts a user's visit."""
-    from torchstone.generate.noise import NoiseSpec
-    from torchstone.recipe import parse_override
-    from torchstone.spec import Part, Spec, validate
-
-    class Asked(Spec):
-        noise: Part[NoiseSpec]
-
-    body = parse_override(f"noise={asked or 'seeded'}")["noise"]
-    if asked is None:
-        body = {"kind": "seeded", "seed": seed}
-    spec = validate(Asked, {"noise": body}, "generate").noise
-    if greedy and asked is not None:
-        print(f"noise {spec.kind}: no effect at temperature 0", file=sys.stderr)
-        return None, None
-    source = spec.build()
-    return source, spec.requests(source, prompts, user)
 
 
 def _completion(prompt: str, suffix: str | None, done: Completion, drafted: bool) -> dict[str, Any]:

@@ -9,14 +9,15 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from torchstone.spec import PartSpec, lazy_parts
+from torchstone.spec import Part, PartSpec, Spec, lazy_parts, validate
 
-__all__ = ["NoiseSource", "NoiseSpec", "Request"]
+__all__ = ["NoiseSource", "NoiseSpec", "Request", "noise_for"]
 
 __getattr__ = lazy_parts(__name__)
 
@@ -58,3 +59,24 @@ class NoiseSpec(PartSpec):
             TorchstoneError: it goes by user, and there is none.
         """
         return list(range(len(prompts)))
+
+
+def noise_for(
+    asked: str | Mapping[str, Any] | NoiseSpec, prompts: Sequence[str], user: str | None = None, greedy: bool = False
+) -> tuple[NoiseSource | None, list[Request] | None]:
+    """The source that was asked for, and names in it of the generations that continue `prompts`; counts a user's visit.
+    Where nothing is drawn (`greedy`), neither, and a line on stderr says so.
+
+    Raises:
+        TorchstoneError: bad input, or what `NoiseSpec.build` and `NoiseSpec.requests` raise.
+    """
+
+    class Asked(Spec):
+        noise: Part[NoiseSpec]
+
+    spec = validate(Asked, {"noise": asked}, "generate").noise
+    if greedy:
+        print(f"noise {spec.kind}: no effect at temperature 0", file=sys.stderr)
+        return None, None
+    source = spec.build()
+    return source, spec.requests(source, prompts, user)
