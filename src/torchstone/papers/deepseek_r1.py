@@ -641,18 +641,18 @@ CONSISTENT = Claim(
     kind="behaviour",
     text="The texts write each state between in one of two alphabets by chance, and policies that are rewarded for "
     "right answers alone go on mixing them. With the share of symbols of the first alphabet as a second reward less "
-    "than 5 % of what chains hold is of the other, at least 0.3 less than without, at a cost of less than 0.1 of right "
-    "answers, each at the best of three learning rates. Rewards that are given to the next answer of a group do "
-    "neither.",
+    "than 5 % of what chains hold is of the other, at least 0.1 less than without, at a cost of less than 0.1 of right "
+    "answers, each at the best of three learning rates. Rewards that are given to the next answer of a group "
+    "cost more.",
     figure="consistency of the language in the curves of its ablation, at a slight loss of what is solved",
     gates=(
         Effect(
             "less of the other alphabet than without the reward",
             "right and consistent: other alphabet",
             "right: other alphabet",
-            margin=0.3,
+            margin=0.1,
             null="right again: other alphabet",
-            sabotage="neighbour: other alphabet",
+            sabotage="right again: other alphabet",
         ),
         Effect(
             "less than 5 % of it",
@@ -660,7 +660,7 @@ CONSISTENT = Claim(
             "one in twenty",
             margin=0.0,
             null="right again: other alphabet",
-            sabotage="neighbour: other alphabet",
+            sabotage="right again: other alphabet",
         ),
         Effect(
             "right answers are at most 0.1 fewer",
