@@ -220,7 +220,7 @@ def _fewer_heads(scale: Scale, first: int) -> Measured:
     # the two versions of the loss, of the teacher itself and of its first weights
     taught: Any = _taught(size.teacher).model().double().eval()
     other: Any = initialise(validate(TransformerSpec, taught.spec.dump()).build(), first).double().eval()
-    ids = torch.randint(3, 500, (4, 32), generator=Key(first).generator())
+    ids = torch.randint(3, taught.spec.vocabulary, (4, 32), generator=Key(first).generator())
     batch = {"ids": ids, "valid": torch.arange(32) < torch.tensor([[32], [32], [20], [9]])}
     spec = MiniLMv2Spec(teacher="teacher", relation_heads=6, relations=("qk", "vv"), reduction="sum")
     with torch.no_grad():
