@@ -195,9 +195,9 @@ def test_what_was_trained_on_is_filled_in_and_ends(tmp_path: Path, mode: str) ->
             "corpus": {"kind": "jsonl", "path": str(texts)},
         },
         model={"width": 64, "depth": 2},
-        optimizer={"kind": "adamw", "lr": 1e-2},
-        trainer={"steps": 400, "batch": 4, "save_every": 400},
-        evaluate={"every": 400},
+        optimizer={"kind": "adamw", "lr": 3e-3},
+        trainer={"steps": 600, "batch": 4, "save_every": 600},
+        evaluate={"every": 600},
     )
     run = load(train(recipe, out=tmp_path / "run", quiet=True).path)
     holes = []
