@@ -84,11 +84,12 @@ class Run(RunFolder):
             draft=draft,
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        asked: Any = texts
+        if suffix is not None:
+            suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
+            asked = infilling_prompts(self, engine.tokenizer, texts, suffixes, options.max_new_tokens)
+        # last, because it counts the visit
         source, names = (None, None) if noise is None else noise_for(noise, texts, user, options.greedy)
-        if suffix is None:
-            return engine.generate(texts, options, requests=names, noise=source)
-        suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
-        asked = infilling_prompts(self, engine.tokenizer, texts, suffixes, options.max_new_tokens)
         return engine.generate(asked, options, requests=names, noise=source)
 
     def evaluate(

@@ -169,6 +169,9 @@ def test_it_is_asked_for_in_python(tmp_path: Path, capsys: pytest.CaptureFixture
         said(None)
     with pytest.raises(TorchstoneError, match="no noise kind 'ladz'"):
         run.generate("abc", noise="ladz")
+    with pytest.raises(TorchstoneError):  # a run that has not learnt to fill in, and no visit that counts
+        said("cleo", suffix="xyz")
+    assert Counters(str(tmp_path / "visits.sqlite")).next("cleo", str(Hyperplanes(LadsSpec().bits)("abc"))) == 0
     assert said("ann", temperature=0.0) == said(None, temperature=0.0)
     assert "noise lads: no effect at temperature 0" in capsys.readouterr().err
 
