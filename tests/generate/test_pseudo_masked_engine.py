@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +95,35 @@ def test_the_command_fills_in_and_goes_on(runs: dict[str, Run], cli: Callable[..
     (done,) = runs["pseudo_masked_seq2seq"].generate("ab", **GREEDY)
     assert done.prompt_ids == [SEPARATOR, *b"ab"] and 1 <= len(done.ids) <= 4
     assert isinstance(Engine.of_run(run), PseudoMaskedEngine)
+
+
+def test_evaluation_tells_how_long_a_middle_is(
+    runs: dict[str, Run], tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file, rows = runs["short"], tmp_path / "holes.jsonl", []
+    holes = [("a", "b", "c"), ("abcdefgh", "bc", "i"), ("a", "bcdefgh", "i"), ("", "", "")]
+    written = [run.generate(a, suffix=c, temperature=0.0, max_new_tokens=1)[0].text for a, b, c in holes[:1]]
+    holes.append(("a", written[0], "c"))
+    file.write_text(
+        "".join(json.dumps(dict(zip(("prefix", "middle", "suffix"), h, strict=True))) + "\n" for h in holes)
+    )
+
+    generate = PseudoMaskedEngine.generate
+
+    def seen(self: Any, prompts: Any, sampling: Sampling, **options: Any) -> Any:
+        rows.extend(list(prompt) for prompt in prompts)
+        return generate(self, prompts, sampling, **options)
+
+    monkeypatch.setattr(PseudoMaskedEngine, "generate", seen)
+    (result,) = json.loads(cli("evaluate", run.path, "--infilling", file, "--json", "--device", "cpu").out)["results"]
+    # 12 positions: 3 for the middle, 3 for what is written beside it, one for the separator in front
+    assert (result["mode"], result["max_new_tokens"], result["cut"]) == ("pseudo_masks", 3, 1)
+    assert rows[0] == [SEPARATOR, *b"a", MASK, *b"c"] and rows[-1] == rows[0]
+    assert rows[1] == [SEPARATOR, *b"efgh", MASK, MASK, *b"i"]
+    assert rows[2] == [SEPARATOR, *b"a", MASK, MASK, MASK, *b"i"] and rows[3] == [SEPARATOR, MASK]
+    assert result["metrics"]["exact"]["value"] >= 0.2
+    with pytest.raises(TorchstoneError, match="has no sentinel tokens"):
+        runs["masked_lm"].evaluate(infilling=file)
 
 
 def test_what_cannot_be_written_is_one_sentence(runs: dict[str, Run]) -> None:

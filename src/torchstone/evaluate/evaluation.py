@@ -19,7 +19,7 @@ from torchstone.evaluate.result import Result
 from torchstone.evaluate.scoring import Scorer
 from torchstone.evaluate.text import perplexity, read_documents
 from torchstone.files import write_json
-from torchstone.generate.infilling import mode_of
+from torchstone.generate.infilling import mode_of, stand_in_of
 from torchstone.model.mask import mask_named
 from torchstone.train.run import RunFolder
 
@@ -156,5 +156,5 @@ def _minimal_pairs(source: str, run: RunFolder, options: dict[str, Any]) -> Task
 
 
 def _infilling(source: str, run: RunFolder, options: dict[str, Any]) -> Task:
-    holes, mode = read_holes(source, options["limit"]), mode_of(run)
-    return lambda scorer: infilling(scorer, holes, source, mode)
+    holes, mode, stand_in = read_holes(source, options["limit"]), mode_of(run), stand_in_of(run)
+    return lambda scorer: infilling(scorer, holes, source, mode, stand_in)

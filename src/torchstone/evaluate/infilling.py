@@ -21,6 +21,7 @@ from torchstone.evaluate.scoring import Scorer
 from torchstone.evaluate.text import read_documents
 from torchstone.generate import Engine, Sampling
 from torchstone.generate.infilling import required_sentinels
+from torchstone.generate.pseudo_masked import PseudoMaskedEngine
 from torchstone.keys import Key
 
 __all__ = ["Hole", "edit_similarity", "infilling", "read_holes"]
@@ -71,24 +72,31 @@ def edit_similarity(a: str, b: str) -> float:
     return 1.0 - row[-1] / (max(len(a), len(b)) or 1)
 
 
-def infilling(scorer: Scorer, holes: Sequence[Hole], source: str = "holes", mode: Mode = "psm") -> Result:
+def infilling(
+    scorer: Scorer, holes: Sequence[Hole], source: str = "holes", mode: Mode = "psm", stand_in: int | None = None
+) -> Result:
     """Exact matches and edit similarity of what greedy decoding writes into holes.
 
     A quarter of the model's context is for the middle. The rest is for prefix and suffix, half each and what the other
     leaves; a prefix loses its beginning, a suffix its end, and `cut` counts those holes. A middle of one line ends with
-    its line.
+    its line. An encoder of pseudo masks is told how many tokens the middle has.
+
+    Args:
+        stand_in: id of the token that stands in for hidden ones in an encoder trained with pseudo masks.
 
     Raises:
-        TorchstoneError: a tokenizer without sentinels, a masked language model, a model that names no context.
+        TorchstoneError: a tokenizer without sentinels, a masked language model without pseudo masks, a model that names
+            no context.
     """
-    sentinels = required_sentinels(scorer.tokenizer)
-    if scorer.masked or scorer.seq2seq:
-        raise TorchstoneError("infilling: is asked of a model that reads from left to right")
+    sentinels = None if stand_in is not None else required_sentinels(scorer.tokenizer)
+    if stand_in is None and (scorer.masked or scorer.seq2seq):
+        raise TorchstoneError("infilling: is asked of a model that reads from left to right, or one of pseudo masks")
     if scorer.window is None:
         raise TorchstoneError("infilling: the model names no context, of which prefix and suffix get their shares")
     start = scorer.frame[0]
     new = max(1, scorer.window // 4)
-    room = scorer.window + 1 - new - len(start) - len(sentinels)
+    # what an encoder writes is read beside the mask tokens in its place
+    room = scorer.window + 1 - len(start) - (2 * new + 1 if sentinels is None else new + len(sentinels))
     if room < 0:
         raise TorchstoneError(f"infilling: a context of {scorer.window} tokens has no room for a prefix and a suffix")
     prompts, cut = [], 0
@@ -97,9 +105,16 @@ def infilling(scorer: Scorer, holes: Sequence[Hole], source: str = "holes", mode
         prefix, suffix = scorer.tokenizer.encode_batch([hole.prefix[-16 * room :], hole.suffix[: 16 * room]])
         cut += len(prefix) + len(suffix) > room
         left = min(len(prefix), max(room // 2, room - len(suffix)))
-        ids = arranged(sentinels, mode, prefix[len(prefix) - left :], suffix[: room - left])
-        prompts.append([*start, *ids])
-    engine = Engine(scorer.model, scorer.tokenizer, compile="off", start=scorer.start, attention=scorer.attention)
+        prefix, suffix = prefix[len(prefix) - left :], suffix[: room - left]
+        if sentinels is not None:
+            prompts.append([*start, *arranged(sentinels, mode, prefix, suffix)])
+        else:
+            tokens = max(1, min(new, len(scorer.tokenizer.encode(hole.middle))))
+            prompts.append([*start, *prefix, *[scorer.tokenizer.mask] * tokens, *suffix])
+    if stand_in is not None:
+        engine: Engine = PseudoMaskedEngine(scorer.model, scorer.tokenizer, stand_in)
+    else:
+        engine = Engine(scorer.model, scorer.tokenizer, compile="off", start=scorer.start, attention=scorer.attention)
     written = [""] * len(holes)
     for stop in ((), ("\n",)):
         these = [n for n, hole in enumerate(holes) if ("\n" not in hole.middle) == bool(stop)]
@@ -118,5 +133,5 @@ def infilling(scorer: Scorer, holes: Sequence[Hole], source: str = "holes", mode
             "exact": wilson(sum(a == b for a, b in pairs), len(pairs)),
             "edit_similarity": ratio([edit_similarity(*pair) for pair in pairs], [1] * len(pairs)),
         },
-        {"holes": len(pairs), "cut": cut, "mode": mode, "max_new_tokens": new},
+        {"holes": len(pairs), "cut": cut, "mode": mode if stand_in is None else "pseudo_masks", "max_new_tokens": new},
     )
