@@ -311,9 +311,18 @@ def parse_yaml(text: str, where: str = "YAML") -> Any:
         raise TorchstoneError(f"{where}{at}: {getattr(error, 'problem', None) or error}") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that we or a reader of YAML 1.1 would take for a number or a truth value."""
+
+
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
+
+
 def dump_yaml(data: Any) -> str:
     """YAML of plain data, keys in the order of the specs."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def parse_override(text: str) -> dict[str, Any]:

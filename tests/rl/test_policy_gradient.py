@@ -297,7 +297,7 @@ def test_bad_options_are_one_sentence() -> None:
     for fields, match in (
         ({"group": 1}, "group"),
         ({"rewards": []}, "rewards"),
-        ({"clip": [1.2, 0.2]}, "clip"),
+        ({"clip": [0.0, 0.2]}, "clip"),
         ({"sampling": {"temperature": 0.0}}, "temperature"),
         ({"cap": 0.5}, "cap"),
     ):

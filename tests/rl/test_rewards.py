@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from torchstone.errors import TorchstoneError
@@ -50,6 +52,17 @@ def reward(kind: str, text: str, row: dict[str, Any] | None = None, **fields: An
         (r"\boxed{2+2}", "4", False),  # nothing is evaluated
         (r"\boxed{72}", "Natalia sold 48/2 = 24 clips. #### 72", True),
         (r"\boxed{.5}", "0.5", True),
+        (r"\boxed{\frac12}", "1/2", True),
+        (r"\boxed{50\%}", "50", True),
+        (r"\boxed{\$5}", "5", True),
+        (r"\boxed{\(42\)}", "42", True),
+        ("<answer>**42**</answer>", "42", True),
+        (r"\boxed{" + "9" * 5000 + "}", "9" * 5000, True),  # more digits than Python reads
+        (r"\boxed{" + "9" * 5000 + "}", "9", False),
+        (r"\boxed{1/" + "9" * 5000 + "}", "9", False),
+        (r"\boxed{\boxed{7}}", "7", True),
+        (r"\boxed{a \boxed{7}", "7", True),
+        (r"\boxed{" * 5000, "7", False),
         (r"\boxed{}", "0", False),
     ],
 )
@@ -122,6 +135,40 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         reward("python", "", function=f"{file}:f")
 
 
+def test_programs_run_with_their_tests() -> None:
+    row = {"tests": ["assert f(2) == 4", "assert f(3) == 9"]}
+    square = "def f(x):\n    return x * x\n"
+    for text, right in (
+        (square, 1.0),
+        (f"so:\n```python\n{square}```\nthat is it", 1.0),
+        (f"```\nno\n```\n```py\n{square}```", 1.0),
+        (f"<think>f</think><answer>{square}</answer>", 1.0),
+        (f"{square}print('said')", 1.0),
+        ("def f(x): return 4", 0.0),
+        ("def f(x)", 0.0),
+        ("import os; os._exit(0)", 0.0),  # leaves before the tests
+        ("raise SystemExit(0)", 0.0),
+        (f"open('x', 'wb').write(bytes(1 << 25))\n{square}", 0.0),
+        ("\ud800", 0.0),
+    ):
+        assert reward("code_tests", text, row) == right, text
+    assert reward("code_tests", "while True: pass", row, seconds=0.5) == 0.0
+    assert reward("code_tests", square, {"own": "assert f(1) == 1"}, tests="own") == 1.0
+    if sys.platform == "linux":
+        assert reward("code_tests", f"x = bytes(1 << 30)\n{square}", row, memory=512) == 0.0
+
+
+def test_answers_to_vote_with() -> None:
+    def answer(kind: str, text: str, **fields: Any) -> Any:
+        spec: Any = validate(resolve("reward", kind), fields)
+        return spec.answer_of(text)
+
+    assert answer("math_answer", r"\boxed{1/2}") == answer("math_answer", "<answer>0.5</answer>")
+    assert answer("math_answer", "5") is None and answer("think_format", "5") is None
+    assert answer("exact", " 5") == "5" and answer("exact", "=5;", pattern="=(.)") == "5"
+    assert answer("exact", "5", pattern="=(.)") is None
+
+
 def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leaves_the_answer_out(
     tmp_path: Path,
 ) -> None:
@@ -136,9 +183,12 @@ def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leave
     found = both.score("a", {"answer": "a", "other": "a", "value": 3}, 7)
     assert found == {"exact": 1.0, "exact_2": 1.0, "python": 3.0} and both.total(found) == 7.5
     assert both.total(both.score("a", {"answer": "a", "other": "a", "value": None}, 7)) is None
-    for value in (float("nan"), float("inf"), "1", [1.0]):
+    assert both.score("a", {"answer": "a", "other": "a", "value": np.float32(3)}, 7) == found
+    for value in (float("nan"), float("inf"), "1", [1.0], 10**400, 1j):
         with pytest.raises(TorchstoneError, match=r"reward python: gave .* for an answer to prompt 7; a finite number"):
             both.score("a", {"answer": "a", "other": "a", "value": value}, 7)
+    with pytest.raises(TorchstoneError, match=r"reward python: failed for an answer to prompt 7 \(KeyError: 'value'\)"):
+        both.score("a", {"answer": "a", "other": "a"}, 7)
     both.check({0: {"answer": 1, "other": 2}})
     with pytest.raises(TorchstoneError, match="reward exact_2: prompt 1 has no field 'other'; fields: answer"):
         both.check({0: {"answer": 1, "other": 2}, 1: {"answer": 1}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 import tiny
-from torchstone.rl.trajectory import read
+from torchstone.rl import dumps
+from torchstone.rl.trajectory import Trajectory, dump, read
+from torchstone.spec import resolve, validate
 from torchstone.train import training
 from torchstone.train.training import train
 
@@ -32,6 +35,7 @@ def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Pat
     assert said["answers"] == len(found) == 24 and said["prompts"] == 8 and settings["max_new_tokens"] == 5
     assert said["reward"] == pytest.approx(sum(each.reward or 0 for each in found) / 24)
     assert said["rewards"] == {"language": pytest.approx(said["reward"])} and said["pass@3"] >= said["pass@1"]
+    assert said["cons@3"] is None  # this rule finds no answer to vote with
     assert [each.example for each in found] == [n // 3 for n in range(24)] and found[0].prompt_text == "0+0="
 
     done = cli("rl", "replay", dumped, run, "--json")
@@ -48,6 +52,10 @@ def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Pat
     assert rows and {(row["prompt"], row["response"]) for row in rows} <= good
     assert max(sum(row["prompt"] == one["prompt"] for row in rows) for one in rows) <= 2
 
+    wanted = rows[0]["response"]
+    done = cli("rl", "filter", dumped, "--out", kept, "--at-least", 0.4, "--drop", f"^{re.escape(wanted)}$")
+    assert done.status == 0 and wanted not in [json.loads(line)["response"] for line in kept.read_text().splitlines()]
+
     made = tiny.recipe(tmp_path, trainer={"steps": 1})
     made["data"] = {
         "kind": "responses",
@@ -60,15 +68,42 @@ def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Pat
     assert (tuned.path / "model.safetensors").exists()
 
 
+def test_a_consensus_is_the_most_frequent_answer(tmp_path: Path) -> None:
+    def of(example: int, *texts: str) -> list[Trajectory]:
+        rewards = [{"exact": float(text == "=7")} for text in texts]
+        return [
+            Trajectory((1,), (2,), (0.0,), "eos", example, "", 0, found, found["exact"], text=text)
+            for text, found in zip(texts, rewards, strict=True)
+        ]
+
+    rule: Any = validate(resolve("reward", "exact"), {"pattern": "=(.)"})
+    answers = [*of(0, "=3", "=7", "=7"), *of(1, "=3", "=7", "=3"), *of(2, "=7", "=3", "no"), *of(3, "no", "no", "no")]
+    said = dumps._summary(answers, 3, rule)
+    assert (said["pass@1"], said["pass@3"], said["cons@3"]) == (4 / 12, 0.75, 0.5)
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(run: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     sums, out = tmp_path / "sums.jsonl", tmp_path / "out.jsonl"
     plain = tiny.saved(tmp_path / "plain", tiny.recipe(tmp_path)).path
     other = tmp_path / "other.jsonl"
     other.write_text('{"a": 1}\n')
+    empty, strange = tmp_path / "empty.jsonl", tmp_path / "strange.jsonl"
+    empty.write_text("")
+    dump(strange, [Trajectory((9999,), (1,), (0.0,), "eos", n, "", 0, {}, 1.0) for n in (0, 0)], {})
     for arguments, match in (
         (("sample", plain, sums, "--out", out), "needs a reward; this run was trained with none"),
         (("sample", run, sums, "--out", out, "--reward", "nothing"), "no reward kind 'nothing'"),
-        (("sample", run, sums, "--out", out, "--reward", "{kind: exact, answer: x}"), "prompt 0 has no field 'x'"),
+        (
+            ("sample", run, sums, "--out", out, "--reward", "{kind: exact, answer: x}"),
+            "line 1 has no field 'x'",
+        ),
+        (("sample", run, sums, "--out", out, "--template", "no place"), "template: needs {prompt} once"),
+        (("sample", run, sums, "--out", sums), "is the file that is read"),
+        (("sample", run, empty, "--out", out), "holds no prompt"),
+        (("replay", strange, run), "holds the token 9999, and the model has"),
+        (("filter", strange, "--out", out, "--per-prompt", 0), "per_prompt is 1 or more"),
+        (("filter", strange, "--out", out, "--drop", "("), "drop is no regular expression"),
+        (("filter", strange, "--out", strange), "is the file that is read"),
         (("sample", run, sums, "--out", out, "--n", 0), "n, batch and limit are 1 or more"),
         (("sample", run, sums, "--out", out, "--field", "q"), "no field 'q'"),
         (("sample", run, sums, "--out", tmp_path / "no" / "x"), "cannot be written"),

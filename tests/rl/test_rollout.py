@@ -234,7 +234,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
         assert not (tmp_path / "run").exists()
 
     refused(
-        r"reward exact: prompt 0 has no field 'solution'",
+        r"reward exact: '.*sums.jsonl' line 1 has no field 'solution'",
         objective={"rewards": [{"kind": "exact", "answer": "solution"}]},
     )
     refused(r"trainer.batch: 2 does not divide into 4 rounds", objective={"rounds": 4})
@@ -242,7 +242,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     refused(r"reward python: no such file", objective={"rewards": [{"kind": "python", "function": "none.py:f"}]})
     (tmp_path / "f.py").write_text("def f(text, row):\n    return float('nan')\n")
     own = {"rewards": [{"kind": "python", "function": str(tmp_path / "f.py") + ":f"}]}
-    refused(r"reward python: gave nan for an answer to prompt \d+; a finite number or None is needed", objective=own)
+    refused(r"reward python: gave nan for an answer to '.*' line \d+; a finite number or None is needed", objective=own)
     made = {**tiny.recipe(tmp_path), "objective": tiny.prompted(tmp_path)["objective"]}
     with pytest.raises(TorchstoneError, match="needs prompts, as of data prompts"):
         train(made, out=tmp_path / "run", quiet=True)

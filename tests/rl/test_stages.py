@@ -104,7 +104,7 @@ def test_prompts_without_an_answer_are_refused_before_anything_is_written(
     made["data"]["path"] = rows(
         tmp_path / "two.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", **answer}]
     )
-    with pytest.raises(TorchstoneError, match=f"reward math_answer: prompt 1 has {has} field 'answer'"):
+    with pytest.raises(TorchstoneError, match=f"reward math_answer: '.*two.jsonl' line 2 has {has} field 'answer'"):
         train(made, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -122,5 +122,5 @@ def test_a_reward_that_is_no_number_ends_the_training_and_names_the_prompt(value
     made = tiny.prompted(tmp_path, objective={"rewards": [own], "group": 2, "sampling": {"max_new_tokens": 2}})
     made["data"]["path"] = rows(tmp_path / "five.jsonl", [{"prompt": str(n)} for n in range(5)])
     made["data"]["valid"] = made["data"]["test"] = made["data"]["path"]  # each prompt is measured before any step
-    with pytest.raises(TorchstoneError, match=r"reward python: gave .* for an answer to prompt (3|8|13); a finite"):
+    with pytest.raises(TorchstoneError, match=r"reward python: gave .* for an answer to '.*five.jsonl' line 4; a f"):
         train({**made, "evaluate": {"every": 4, "blocks": 5}}, out=tmp_path / "run", quiet=True)

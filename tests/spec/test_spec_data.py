@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from torchstone.model import ModelSpec
 from torchstone.model.attention.softmax import SoftmaxSpec
 from torchstone.model.stack import LayerSpec
 from torchstone.model.transformer import TransformerSpec
+from torchstone.recipe import dump_yaml, parse_yaml
 from torchstone.spec import Changes, Part, Spec, family_root, json_schema, kinds, merge, resolve, validate
 
 
@@ -247,3 +249,17 @@ def test_schema_allows_what_validation_allows(schema: dict[str, Any]) -> None:
 
 def test_layer_spec_is_what_a_patch_may_change() -> None:
     assert set(LayerSpec.model_fields) == {"attention", "position", "ffn", "residual", "norm", "linear", "block"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("0123456789", "089", "08", "1e3", "1E5", "yes", "on", "no", "true", "1.5", "2026-01-01", "~", "", "0x1f"),
+        *("1_000", ".5", "5.", "a: b", "=", "12:30:45", "0o17", 1e-5, 1e20, float("inf"), 5, True, None, 0.1, -3),
+    ],
+)
+def test_what_is_written_as_yaml_is_read_as_it_was(value: object) -> None:
+    again = parse_yaml(dump_yaml({"a": [value]}))["a"][0]
+    assert type(again) is type(value) and again == value
+    old = yaml.safe_load(dump_yaml({"a": value}))["a"]  # and by readers of YAML 1.1
+    assert type(old) is type(value) and old == value

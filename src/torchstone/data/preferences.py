@@ -5,9 +5,10 @@ and responses are tokenised apart, so that both responses follow the same tokens
 
     separator prompt response separator
 
-of which the response and the separator that ends it are targets. A prompt that is too long loses its beginning, as much
-of it for both responses. A pair whose longer response does not fit into a block is left out, and so is one whose
-responses are the same; the description counts both. All pairs are kept in memory.
+(of another's tokenizer the first is what its template begins with) of which the response and the separator that ends it
+are targets. A prompt that is too long loses its beginning, as much of it for both responses. A pair whose longer response
+does not fit into a block is left out, and so is one whose responses are the same; the description counts both. All pairs
+are kept in memory.
 
 Pairs of one prompt are on one side: train, valid and test are 90, 5 and 5 %, decided by the prompt's content hash as
 for other text. Where that leaves a side (almost) empty, prompts are taken in the order of their hashes.
@@ -57,6 +58,7 @@ class PreferencesDataSpec(DataSpec):
     """Pairs of responses to a prompt, one chosen and one rejected, from JSON lines."""
 
     paired: ClassVar[bool] = True
+    separated: ClassVar[bool] = True
 
     path: str | tuple[str, ...] = Field(min_length=1)
     """A file, a folder (its ``.jsonl`` files) or a glob, or a list of these."""
@@ -94,15 +96,16 @@ class PreferencesDataSpec(DataSpec):
         with Cache(Path(root).expanduser()) as cache:
             tokenizer = self.tokenizer.load(texts, content, cache)
         encoded = _encoded(found, tokenizer)
-        longest = [max(len(pair.chosen), len(pair.rejected)) for pair in encoded]
-        too_long = sum(length >= self.block for length in longest)
+        front = len(tokenizer.front)
+        longest = [front + max(len(pair.chosen), len(pair.rejected)) for pair in encoded]
+        too_long = sum(length > self.block for length in longest)
         rows = zip(encoded, found, side_P, longest, strict=True)
         kept = [
             (ids, side, length)
             for ids, text, side, length in rows
-            if length < self.block and text.chosen != text.rejected
+            if length <= self.block and text.chosen != text.rejected
         ]
-        cut = sum(1 + len(pair.prompt) + length > self.block for pair, _, length in kept)
+        cut = sum(len(pair.prompt) + length > self.block for pair, _, length in kept)
         train, valid, test = splits = [
             Pairs([pair for pair, side, _ in kept if side == number], self.block, tokenizer)
             for number in range(len(SPLITS))
@@ -152,7 +155,7 @@ class Pairs(Examples):
 
     def __init__(self, pairs: Sequence[Pair], block: int, tokenizer: Tokenizer) -> None:
         self.pairs, self.block, self.tokens = pairs, block, 2 * len(pairs) * block
-        self._separator, self._pad = tokenizer.separator, tokenizer.pad
+        self._front, self._separator, self._pad = tokenizer.front, tokenizer.separator, tokenizer.pad
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -164,11 +167,11 @@ class Pairs(Examples):
         ids_B2T, next_B2T, valid_B2T = np.full(shape, self._pad), np.full(shape, IGNORE), np.zeros(shape, bool)
         for row, number in enumerate(number_B):
             pair = self.pairs[number]
-            room = self.block - 1 - max(len(pair.chosen), len(pair.rejected))
+            room = self.block - len(self._front) - max(len(pair.chosen), len(pair.rejected))
             prompt = pair.prompt[max(0, len(pair.prompt) - room) :]
             for side, response in enumerate((pair.chosen, pair.rejected)):
-                whole = [self._separator, *prompt, *response, self._separator]
-                length, before = len(whole) - 1, len(prompt)
+                whole = [*self._front, *prompt, *response, self._separator]
+                length, before = len(whole) - 1, len(self._front) + len(prompt) - 1
                 ids_B2T[row, side, :length] = whole[:-1]
                 next_B2T[row, side, before:length] = whole[before + 1 :]
                 valid_B2T[row, side, :length] = True

@@ -4,6 +4,7 @@ The text is JSON lines with the fields ``prompt`` and ``response``. Both are tok
 
     separator prompt response separator
 
+(of another's tokenizer the first is what its template begins with)
 padded on the right to the longest a batch holds, of which the response and the separator that ends it are targets. A
 prompt that is too long loses its beginning; a response that does not fit into a block is left out and counted. All rows
 are kept in memory.
@@ -19,7 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -44,6 +45,8 @@ __all__ = ["PreparedResponses", "Responses", "ResponsesDataSpec"]
 
 class ResponsesDataSpec(DataSpec):
     """Prompts with a response each, which alone is learned, from JSON lines."""
+
+    separated: ClassVar[bool] = True
 
     path: str | tuple[str, ...] = Field(min_length=1)
     """A file, a folder (its ``.jsonl`` files) or a glob, or a list of these."""
@@ -78,13 +81,13 @@ class ResponsesDataSpec(DataSpec):
                 lambda: (p + r for (p, r), side in zip(found, side_P, strict=True) if side == 0), content, cache
             )
         ids = iter(tokenizer.encode_batch([text for pair in found for text in pair]))
-        encoded = list(zip(ids, ids, strict=True))
+        encoded, front = list(zip(ids, ids, strict=True)), len(tokenizer.front)
         kept = [
-            (prompt[max(0, len(prompt) + len(response) + 1 - self.block) :], response, side)
+            (prompt[max(0, front + len(prompt) + len(response) - self.block) :], response, side)
             for (prompt, response), side in zip(encoded, side_P, strict=True)
-            if len(response) < self.block
+            if len(response) + front <= self.block
         ]
-        cut = sum(len(p) + len(r) + 1 > self.block for p, r in encoded if len(r) < self.block)
+        cut = sum(front + len(p) + len(r) > self.block for p, r in encoded if len(r) + front <= self.block)
         train, valid, test = splits = [
             Responses([(p, r) for p, r, side in kept if side == number], tokenizer) for number in range(len(SPLITS))
         ]
@@ -129,14 +132,15 @@ class Responses(Examples):
     """
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer) -> None:
-        self._separator, self._pad = tokenizer.separator, tokenizer.pad
+        self._front, self._separator, self._pad = tokenizer.front, tokenizer.separator, tokenizer.pad
         self._rows = [self._row(prompt, response) for prompt, response in pairs]
         self.tokens = sum(len(ids) for ids, _ in self._rows)
 
     def _row(self, prompt: Sequence[int], response: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ids, and the token after each where it is a target, else -100."""
-        whole = [self._separator, *prompt, *response, self._separator]
-        return whole[:-1], [IGNORE] * len(prompt) + whole[len(prompt) + 1 :]
+        before = [*self._front, *prompt]
+        whole = [*before, *response, self._separator]
+        return whole[:-1], [IGNORE] * (len(before) - 1) + whole[len(before) :]
 
     def __len__(self) -> int:
         return len(self._rows)

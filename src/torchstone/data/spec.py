@@ -24,6 +24,8 @@ class DataSpec(PartSpec):
     """Whether an example is two rows that an objective compares: ids (B, 2, T) in the place of (B, T)."""
     example: ClassVar[str] = "tokens"
     """What an example is made of; a recipe's model and objective say the same, or nothing."""
+    separated: ClassVar[bool] = False
+    """Whether each example is a row that begins as `Tokenizer.front` says, as prompts with their answers do."""
     fills: ClassVar[tuple[str, ...]] = ("vocabulary", "context")
     """Fields of a model that the data fill in where they are open."""
 

@@ -152,6 +152,20 @@ class Tokenizer:
         _check(text)
         return list(self.backend.encode(text, add_special_tokens=True).ids)
 
+    @cached_property
+    def template(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer's own template puts before and after a text; none for ours."""
+        inner, framed = self.encode("a"), self.encode_input("a")
+        for at in range(len(framed) - len(inner) + 1):
+            if framed[at : at + len(inner)] == inner:
+                return framed[:at], framed[at + len(inner) :]
+        return [], []
+
+    @cached_property
+    def front(self) -> list[int]:
+        """What a row begins with: the template's tokens, or the separator."""
+        return self.template[0] or [self.separator]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are skipped, bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)

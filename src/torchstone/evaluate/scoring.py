@@ -243,21 +243,12 @@ class Scorer:
         return size, step
 
     @cached_property
-    def _template(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer's own template puts before and after a text."""
-        inner, framed = self.tokenizer.encode("a"), self.tokenizer.encode_input("a")
-        for at in range(len(framed) - len(inner) + 1):
-            if framed[at : at + len(inner)] == inner:
-                return framed[:at], framed[at + len(inner) :]
-        return [], []
-
-    @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """What stands before and after a document: the tokens of the tokenizer's template, or the start token, which
         stood there in training, or nothing if there is neither. A causal model reads nothing after it."""
         if self.prefix is not None:
             return [], []
-        before, after = self._template
+        before, after = self.tokenizer.template
         if not before and not (after and self.masked):
             with suppress(TorchstoneError):
                 before = [self.start]

@@ -195,6 +195,7 @@ class Engine:
         attention: which of the tokens before it a token sees. Where its reach is bounded, caches are rings of that many
             tokens, so that a text of any length takes the same memory.
         draft: "mtp" drafts tokens with the model's predictors; the text is the same, in fewer forwards, none compiled.
+        front: tokens before each prompt that is a text, where the tokenizer's own template has none.
 
     Raises:
         TorchstoneError: the model cannot generate.
@@ -214,6 +215,7 @@ class Engine:
         cache_bits: int | None = None,
         attention: Mask = CAUSAL,
         draft: Draft | None = None,
+        front: Sequence[int] = (),
     ) -> None:
         self._check_model(model)
         assert isinstance(model, Transformer)
@@ -226,7 +228,7 @@ class Engine:
             self._check_draft(model, draft, compile, attention)
         self.draft = draft
         self.source, self.tokenizer, self.compile, self.chunk = model, tokenizer, compile, max(1, chunk)
-        self.cache_bits = cache_bits
+        self.cache_bits, self.front = cache_bits, list(front)
         self.attention = attention
         weight = next(model.parameters())
         self.dtype = weight.dtype if dtype is None else dtype
@@ -280,6 +282,7 @@ class Engine:
                 )
             assert tokenizer is not None
             return PseudoMaskedEngine(model, tokenizer, stand_in, eos=eos)
+        fronted = tokenizer is not None and not seq2seq and run.recipe.data.separated and not tokenizer.template[0]
         return cls(
             model,
             tokenizer,
@@ -289,6 +292,7 @@ class Engine:
             cache_bits=cache_bits,
             attention=mask,
             draft=draft,
+            front=tokenizer.front if tokenizer is not None and fronted else (),
         )
 
     @staticmethod
@@ -396,7 +400,7 @@ class Engine:
                     raise TorchstoneError(f"{where}: is a text, and the engine has no tokenizer; give token ids")
                 after_start = self.model.encoder is not None and what == "prompt"
                 ids = self.tokenizer.encode(prompt) if after_start else self.tokenizer.encode_input(prompt)
-                ids = [self.start, *ids] if after_start and self.start is not None else ids
+                ids = [self.start, *ids] if after_start and self.start is not None else [*self.front, *ids]
             else:
                 ids = [int(token) for token in prompt]  # type: ignore[call-overload]
             bad = next((token for token in ids if not 0 <= token < self.vocabulary), None)

@@ -59,7 +59,7 @@ def infilling_prompts(
     assert tokenizer is not None
     if len(prefixes) != len(suffixes):
         raise TorchstoneError(f"infilling: {len(suffixes)} suffixes for {len(prefixes)} prompts; one each is needed")
-    start = tokenizer.encode_input("") or [tokenizer.separator]  # as a document begins
+    start = tokenizer.front  # as a document begins
     if sentinels is None:
         assert tokenizer.mask is not None
         hole = [tokenizer.mask] * tokens

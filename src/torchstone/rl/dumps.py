@@ -4,7 +4,9 @@ without a step, and keep the good ones as text to tune on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,11 @@ class _Rewards(Spec):
     rewards: tuple[Part[RewardSpec], ...]
 
 
-def _writable(out: Path) -> None:
+def _writable(out: Path, read: Path) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise TorchstoneError(f"{out}: cannot be written; a file in a folder that exists is needed")
+    if out.resolve() == read.resolve():
+        raise TorchstoneError(f"{out}: is the file that is read; another one is needed to write to")
 
 
 def sample(
@@ -69,9 +73,9 @@ def sample(
         sampling: fields of `PolicySampling`; those not given are the run's, if it was trained by policy gradients.
 
     Raises:
-        TorchstoneError: nothing to score with, bad input, a file that cannot be written.
+        TorchstoneError: nothing to score with, no prompts, bad input, a file that cannot be written.
     """
-    _writable(out)
+    _writable(out, prompts)
     run.require()
     if count < 1 or batch < 1 or (limit is not None and limit < 1):
         raise TorchstoneError(f"rl sample: n, batch and limit are 1 or more, not {count}, {batch}, {limit}")
@@ -89,11 +93,13 @@ def sample(
     field = field or (data.prompt if same else "prompt")  # type: ignore[attr-defined]
     template = template if template is not None or not same else data.template  # type: ignore[attr-defined]
     rows, texts = prompts_of(str(prompts), field, template)
+    if not rows:
+        raise TorchstoneError(f"{prompts}: holds no prompt")
     rows, texts = rows[:limit], texts[:limit]
     scorer, numbered = Scorer(rules), dict(enumerate(rows))
     scorer.check(numbered)
     tokenizer, model = run.tokenizer(), run.model(device=choose_device(device)).eval()
-    ids = [[tokenizer.separator, *some] for some in tokenizer.encode_batch(texts)]
+    ids = [[*tokenizer.front, *some] for some in tokenizer.encode_batch(texts)]
     found: list[Trajectory] = []
     for first in range(0, len(ids), batch):
         some = range(first, min(first + batch, len(ids)))
@@ -101,19 +107,24 @@ def sample(
             model, tokenizer, [ids[n] for n in some], some, count, how, Key(seed).fold("rl sample"), scorer, numbered
         )
     dump(out, found, how.dump())
-    return _summary(found, count)
+    return _summary(found, count, rules[0])
 
 
-def _summary(found: Sequence[Trajectory], count: int) -> dict[str, Any]:
-    """Means over answers, and of prompts the share with a full reward among their first answers."""
+def _summary(found: Sequence[Trajectory], count: int, first: RewardSpec) -> dict[str, Any]:
+    """Means over answers; of prompts the share with a full reward among their answers, and of those whose most frequent
+    answer has it, the earlier one of two that are as frequent (consensus, where the first rule finds an answer)."""
 
     def mean(values: Sequence[float | bool]) -> float | None:
         return sum(values) / len(values) if values else None
 
     names = list(found[0].rewards) if found else []
     full: dict[int, bool] = {}
+    votes: dict[int, list[tuple[Hashable, bool]]] = {}
     for each in found:
-        full[each.example] = full.get(each.example, False) or (each.rewards[names[0]] or 0.0) >= 1
+        right = (each.rewards[names[0]] or 0.0) >= 1
+        full[each.example] = full.get(each.example, False) or right
+        if (answer := first.answer_of(each.text)) is not None:
+            votes.setdefault(each.example, []).append((answer, right))
     rewards = {name: mean([v for each in found if (v := each.rewards[name]) is not None]) for name in names}
     return {
         "prompts": len(full),
@@ -122,6 +133,9 @@ def _summary(found: Sequence[Trajectory], count: int) -> dict[str, Any]:
         "reward": mean([each.reward for each in found if each.reward is not None]),
         "pass@1": mean([(each.rewards[names[0]] or 0.0) >= 1 for each in found]),
         f"pass@{count}": mean(list(full.values())),
+        f"cons@{count}": sum(Counter(some).most_common(1)[0][0][1] for some in votes.values()) / len(full)
+        if votes
+        else None,
         "length": mean([len(each.ids) for each in found]),
         "truncated": mean([each.truncated for each in found]),
     }
@@ -131,7 +145,8 @@ def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]
     """The loss of dumped answers, as the run's model and objective (or the plain one) have it, without a step.
 
     Raises:
-        TorchstoneError: the file is none of trajectories, or was altered; answers of one prompt alone.
+        TorchstoneError: the file is none of trajectories, or was altered; holds tokens that the model has not; answers
+            of one prompt alone.
     """
     run.require()
     found, settings = read(file)
@@ -144,6 +159,9 @@ def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]
     objective.scorer = Scorer([])
     model = run.model(device=where).eval()
     objective.check(model)
+    highest, known = max(token for each in found for token in (*each.prompt, *each.ids)), model.spec.vocabulary
+    if highest >= known:
+        raise TorchstoneError(f"{file}: holds the token {highest}, and the model has {known:,}")
     plain = [replace(each, rewards={}) for each in found]
     batch = objective.batch(model, plain, [each.example for each in found], where)
     (batch,) = objective.agree([batch], lambda x: x)
@@ -156,7 +174,9 @@ def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]
     return {"answers": len(found), "tokens": int(counts["targets"]), "loss": loss, **row}
 
 
-def filter_dump(file: Path, out: Path, *, at_least: float = 1.0, per_prompt: int | None = None) -> dict[str, int]:
+def filter_dump(
+    file: Path, out: Path, *, at_least: float = 1.0, per_prompt: int | None = None, drop: str | None = None
+) -> dict[str, int]:
     """Write prompts and answers that score well enough as rows of data `responses`: rejection sampling.
 
     Args:
@@ -164,21 +184,30 @@ def filter_dump(file: Path, out: Path, *, at_least: float = 1.0, per_prompt: int
         out: JSON lines with ``prompt`` and ``response``.
         at_least: the least weighted reward that is kept.
         per_prompt: different answers of a prompt that are kept, at most; the first.
+        drop: regular expression of what no answer that is kept may hold: paragraphs too long, code.
 
     Raises:
-        TorchstoneError: the file is none of trajectories; nothing is left.
+        TorchstoneError: the file is none of trajectories; `drop` is no regular expression; nothing is left.
     """
-    _writable(out)
+    _writable(out, file)
+    if per_prompt is not None and per_prompt < 1:
+        raise TorchstoneError(f"rl filter: per_prompt is 1 or more, not {per_prompt}")
+    try:
+        unwanted = None if drop is None else re.compile(drop, re.DOTALL)
+    except re.error as error:
+        raise TorchstoneError(f"rl filter: drop is no regular expression: {error}") from None
     found, _ = read(file)
     kept: dict[int, dict[str, str]] = {}
     good = [each for each in found if each.reward is not None and each.reward >= at_least and not each.truncated]
+    if unwanted is not None:
+        good = [each for each in good if not unwanted.search(each.text)]
     for each in good:
         mine = kept.setdefault(each.example, {})
         if per_prompt is None or len(mine) < per_prompt:
             mine.setdefault(each.text, each.prompt_text)
     rows = [{"prompt": prompt, "response": text} for mine in kept.values() for text, prompt in mine.items()]
     if not rows:
-        raise TorchstoneError(f"{file}: none of {len(found):,} answers has a reward of {at_least:g} or more")
+        raise TorchstoneError(f"{file}: none of {len(found):,} answers is kept; {at_least:g} or more is needed")
     with full_disk(out), open(out, "w", encoding="utf-8") as target:
         target.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return {"answers": len(found), "good": len(good), "kept": len(rows), "prompts": len(kept)}

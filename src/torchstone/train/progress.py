@@ -78,6 +78,11 @@ class Progress:
 def _text(row: Mapping[str, Any]) -> str:
     names = {
         "loss": "loss {:.4f}",
+        # of policy gradients, whose loss says nothing
+        "reward": "reward {:.4f}",
+        "length": "length {:.1f}",
+        "truncated": "truncated {:.0%}",
+        "flat_groups": "flat groups {:.0%}",
         "tokens_per_second": "{:,.0f} tok/s",
         "mfu": "mfu {:.1%}",
         "valid_loss": "valid loss {:.4f}",

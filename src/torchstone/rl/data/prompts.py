@@ -5,6 +5,7 @@ becomes one row
 
     separator prompt
 
+(of another's tokenizer what its template begins with, in the separator's place)
 padded on the right to the longest a batch holds. What follows it is the policy's. A prompt that leaves no room for an
 answer in a block is left out and counted. All prompts are kept in memory.
 
@@ -20,7 +21,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -43,6 +44,8 @@ __all__ = ["PreparedPrompts", "Prompts", "PromptsDataSpec", "prompts_of"]
 
 class PromptsDataSpec(DataSpec):
     """Prompts to answer, from JSON lines, with other fields kept for rewards."""
+
+    separated: ClassVar[bool] = True
 
     path: str | tuple[str, ...] = Field(min_length=1)
     """A file, a folder (its ``.jsonl`` files) or a glob, or a list of these."""
@@ -86,11 +89,12 @@ class PromptsDataSpec(DataSpec):
                 lambda: (text for text, side in zip(texts, side_P, strict=True) if side == 0), content, cache
             )
         ids = tokenizer.encode_batch(texts)
-        fits = [len(some) + 1 < self.block for some in ids]
+        front = tokenizer.front
+        fits = [len(front) + len(some) < self.block for some in ids]
         train, valid, test = splits = [
             Prompts(
                 {n: ids[n] for n in range(len(ids)) if fits[n] and side_P[n] == number},
-                tokenizer.separator,
+                front,
                 tokenizer.pad,
             )
             for number in range(len(SPLITS))
@@ -104,7 +108,7 @@ class PromptsDataSpec(DataSpec):
             raise TorchstoneError(f"data: train has no prompt; {description}")
         return PreparedPrompts(tokenizer, train, valid, test, description, content, dict(enumerate(rows)))
 
-    def _read(self) -> tuple[list[dict[str, Any]], list[str], np.ndarray]:
+    def _read(self) -> tuple[list[Row], list[str], np.ndarray]:
         """Rows, texts and splits of all prompts."""
         own = {number: path for number, path in ((1, self.valid), (2, self.test)) if path is not None}
         rows, texts = prompts_of(self.path, self.prompt, self.template)
@@ -117,16 +121,26 @@ class PromptsDataSpec(DataSpec):
         return rows, texts, side_P
 
 
-def prompts_of(path: str | Sequence[str], field: str, template: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+class Row(dict[str, Any]):
+    """Fields of a prompt, and `where` it stands: its file and line."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        super().__init__(fields)
+        self.where = where
+
+
+def prompts_of(path: str | Sequence[str], field: str, template: str | None) -> tuple[list[Row], list[str]]:
     """Rows of JSON lines, and the text that each gives to the policy.
 
     Raises:
-        TorchstoneError: a file cannot be read, or a row has no prompt; says which.
+        TorchstoneError: a file cannot be read, or a row has no prompt; says which. A template without a place for it.
     """
+    if template is not None and template.count("{prompt}") != 1:
+        raise TorchstoneError("template: needs {prompt} once, where the prompt goes")
     rows, texts = [], []
     for _, where, record in lines(path):
         text = text_of(record, field, where, utf8=True)
-        rows.append(record)
+        rows.append(Row(record, where))
         texts.append(text if template is None else template.replace("{prompt}", text))
     return rows, texts
 
@@ -162,9 +176,9 @@ class Prompts(Examples):
         tokens: of all prompts.
     """
 
-    def __init__(self, prompts: Mapping[int, Sequence[int]], separator: int, pad: int) -> None:
+    def __init__(self, prompts: Mapping[int, Sequence[int]], front: Sequence[int], pad: int) -> None:
         self.numbers = np.array(list(prompts), np.int64)
-        self._rows = [np.array([separator, *ids], np.int64) for ids in prompts.values()]
+        self._rows = [np.array([*front, *ids], np.int64) for ids in prompts.values()]
         self._pad = pad
         self.tokens = sum(len(row) for row in self._rows)
 

@@ -80,8 +80,8 @@ class PolicyGradientSpec(ObjectiveSpec):
     """What an answer's reward is measured against: group_std, group_mean, leave_one_out, batch_std or none."""
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """What tokens' losses are divided by."""
-    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, le=100)]] | None = (0.2, 0.2)
-    """How far below and above 1 a ratio counts; null clips none."""
+    clip: tuple[Annotated[float, Field(gt=0, le=100)], Annotated[float, Field(gt=0, le=100)]] | None = (0.2, 0.2)
+    """How far below and above 1 a ratio counts; 1 below and null clip none there."""
     ratio: Literal["token", "sequence"] = "token"
     """Whose ratio it is."""
     kl: KLSpec = KLSpec()
@@ -323,6 +323,7 @@ class PolicyGradient(WithReference):
             "reward": (batch["reward"].sum(), batch["scored"].sum()),
             "length": (batch["length"].sum(), answers),
             "truncated": (batch["truncated"].sum(), answers),
+            "unscored": ((~batch["scored"]).sum(), answers),
         }
         parts = zip(self.scorer.names, batch["parts"].T, batch["known"].T, strict=True)
         return found | {f"reward_{name}": (part.sum(), known.sum()) for name, part, known in parts}

@@ -9,7 +9,8 @@ None says that the answer cannot be scored: it is then left out of its group's b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -39,6 +40,10 @@ class RewardSpec(PartSpec):
         """Fields that every prompt has to have."""
         return ()
 
+    def answer_of(self, text: str) -> Hashable | None:
+        """What a text gives as its answer, alike for answers that are worth the same; None where a rule finds none."""
+        return None
+
     def build(self) -> Reward:
         """The rule.
 
@@ -46,6 +51,10 @@ class RewardSpec(PartSpec):
             TorchstoneError: what it needs is not there.
         """
         raise NotImplementedError
+
+
+def _named(row: Mapping[str, Any], number: int) -> str:
+    return getattr(row, "where", f"prompt {number}")
 
 
 class Scorer:
@@ -70,7 +79,7 @@ class Scorer:
         return list(self.rules)
 
     def check(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Refuse prompts without the fields that rewards look at; null is none.
+        """Refuse prompts without the fields that rewards look at; null is none. A row with a `where` is named by it.
 
         Raises:
             TorchstoneError: names the first such row, and the field.
@@ -80,7 +89,7 @@ class Scorer:
                 if missing := next((field for field in spec.columns if row.get(field) is None), None):
                     has = "null in" if missing in row else "no"
                     raise TorchstoneError(
-                        f"reward {name}: prompt {number} has {has} field {missing!r}; fields: "
+                        f"reward {name}: {_named(row, number)} has {has} field {missing!r}; fields: "
                         f"{', '.join(list(row)[:10]) or 'none'}"
                     )
 
@@ -88,17 +97,25 @@ class Scorer:
         """Each reward of an answer to prompt `number`.
 
         Raises:
-            TorchstoneError: a rule gave something else than a finite number or None; names the prompt.
+            TorchstoneError: a rule failed, or gave something else than a finite number or None; names the prompt.
         """
         found: dict[str, float | None] = {}
         for name, (_, rule) in self.rules.items():
-            value = rule(text, row)
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+            try:
+                value: Any = rule(text, row)
+            except Exception as error:
                 raise TorchstoneError(
-                    f"reward {name}: gave {value!r:.60} for an answer to prompt {number}; a finite number or None is "
-                    "needed"
+                    f"reward {name}: failed for an answer to {_named(row, number)} ({type(error).__name__}: {error})"
+                ) from error
+            try:
+                found[name] = None if value is None else float(value) if isinstance(value, numbers.Real) else math.nan
+            except OverflowError:
+                found[name] = math.inf
+            if not math.isfinite(found[name] or 0.0):
+                raise TorchstoneError(
+                    f"reward {name}: gave {value!r:.60} for an answer to {_named(row, number)}; a finite number or "
+                    "None is needed"
                 )
-            found[name] = None if value is None else float(value)
         return found
 
     def total(self, rewards: Mapping[str, float | None]) -> float | None:

@@ -37,15 +37,14 @@ class ExactSpec(RewardSpec):
     def columns(self) -> tuple[str, ...]:
         return (self.answer,)
 
-    def build(self) -> Reward:
-        pattern = None if self.pattern is None else re.compile(self.pattern, re.DOTALL)
+    def answer_of(self, text: str) -> str | None:
+        if self.pattern is None:
+            return text.strip()
+        found = [match.group(1) for match in re.finditer(self.pattern, text, re.DOTALL)]
+        return found[-1].strip() if found and found[-1] is not None else None
 
+    def build(self) -> Reward:
         def reward(text: str, row: Mapping[str, Any]) -> float:
-            if pattern is not None:
-                found = [match.group(1) for match in pattern.finditer(text)]
-                if not found or found[-1] is None:
-                    return 0.0
-                text = found[-1]
-            return float(text.strip() == str(row[self.answer]).strip())
+            return float(self.answer_of(text) == str(row[self.answer]).strip())
 
         return reward

@@ -18,12 +18,13 @@ def main(
     out: Annotated[Path, typer.Option("--out", help="JSON lines, as data responses reads them.")],
     at_least: Annotated[float, typer.Option(help="The least reward that is kept.")] = 1.0,
     per_prompt: Annotated[int | None, typer.Option(help="Different answers of a prompt, at most.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Regular expression that no answer may hold.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Keep answers that score well, as prompts and responses to tune on."""
     from torchstone.rl.dumps import filter_dump
 
-    _print(filter_dump(dump, out, at_least=at_least, per_prompt=per_prompt), as_json)
+    _print(filter_dump(dump, out, at_least=at_least, per_prompt=per_prompt, drop=drop), as_json)
 
 
 def _print(found: dict[str, Any], as_json: bool) -> None:
