@@ -6,9 +6,9 @@ and responses are tokenised apart, so that both responses follow the same tokens
     separator prompt response separator
 
 (of another's tokenizer the first is what its template begins with) of which the response and the separator that ends it
-are targets. A prompt that is too long loses its beginning, as much of it for both responses. A pair whose longer response
-does not fit into a block is left out, and so is one whose responses are the same; the description counts both. All pairs
-are kept in memory.
+are targets. A prompt that is too long loses its beginning, as much of it for both responses. A pair whose longer
+response does not fit into a block is left out, and so is one whose responses are the same; the description counts both.
+All pairs are kept in memory.
 
 Pairs of one prompt are on one side: train, valid and test are 90, 5 and 5 %, decided by the prompt's content hash as
 for other text. Where that leaves a side (almost) empty, prompts are taken in the order of their hashes.

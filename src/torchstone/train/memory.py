@@ -17,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchstone.keys import Key
 from torchstone.objectives import Batch, Facts, Objective
+from torchstone.ops.cross_entropy import logits_at_once
 from torchstone.recipe import Recipe
 from torchstone.train.engine import autocast
+from torchstone.train.environment import choose_device
 from torchstone.train.optimizers import named_parameters
 from torchstone.train.run import RunFolder
 
 __all__ = ["TrainingMemory", "training_memory"]
 
-_WORK = 3 * (1 << 23) * 4
-"""Bytes of the chunked loss at work: logits, their exponentials and the gradient of one chunk."""
+_LOGIT = 3 * 4
+"""Bytes of a logit of the chunked loss at work: itself, its exponential and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,13 @@ def training_memory(recipe: Recipe) -> TrainingMemory:
         optimizer,
         weights if recipe.trainer.ema else 0,
         activations,
-        min(_WORK, 3 * 4 * rows * (vocabulary or 1)),
+        _LOGIT * min(logits_at_once(_device_type(recipe)), rows * (vocabulary or 1)),
     )
+
+
+def _device_type(recipe: Recipe) -> str:
+    asked = recipe.trainer.device
+    return choose_device(asked).type if asked == "auto" else asked.partition(":")[0]
 
 
 def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from torchstone.ops import forced_reference
-from torchstone.ops.cross_entropy.chunked import chunked_cross_entropy, chunked_nll
+from torchstone.ops.cross_entropy.chunked import chunked_cross_entropy, chunked_nll, logits_at_once
 from torchstone.ops.cross_entropy.reference import linear_nll_reference
 
-__all__ = ["linear_cross_entropy", "linear_nll", "linear_nll_reference"]
+__all__ = ["linear_cross_entropy", "linear_nll", "linear_nll_reference", "logits_at_once"]
 
 
 def linear_cross_entropy(

@@ -12,14 +12,21 @@ import torch
 
 from torchstone.ops import at_least_float32
 
-_LOGITS = 1 << 23
-"""Logits that may exist at once: 32 MB in float32, large enough that the products run at full speed."""
+_LOGITS, _DEVICE_LOGITS = 1 << 23, 1 << 26
+"""Logits that may exist at once, on a CPU and on a device: large enough that the products run at full speed. Each chunk
+adds to the gradient of all weights, which on a device takes longer than the products where chunks are a CPU's: on an H100
+27.3 ms against 14.0 for 16,384 rows, width 768, 32,000 tokens."""
 _STRIP = 1 << 19
 """Logits in a strip: 2 MB in float32, what the second-level caches of two cores hold."""
 
 
-def _rows(chunk: int | None, vocabulary: int) -> int:
-    return chunk or max(16, _LOGITS // vocabulary)
+def logits_at_once(device: str) -> int:
+    """How many logits exist at once on a type of device."""
+    return _LOGITS if device == "cpu" else _DEVICE_LOGITS
+
+
+def _rows(chunk: int | None, vocabulary: int, device: torch.device) -> int:
+    return chunk or max(16, logits_at_once(device.type) // vocabulary)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -119,7 +126,7 @@ def chunked_cross_entropy(
     chunk: int | None,
 ) -> torch.Tensor:
     """See `torchstone.ops.cross_entropy.linear_cross_entropy`."""
-    rows, dtype = _rows(chunk, weight_VD.shape[0]), _compute_dtype(h_ND)
+    rows, dtype = _rows(chunk, weight_VD.shape[0], h_ND.device), _compute_dtype(h_ND)
     return _Chunked.apply(h_ND, weight_VD, targets_N, weights_N, bias_V, softcap, rows, dtype)
 
 
@@ -132,7 +139,7 @@ def chunked_nll(
     chunk: int | None,
 ) -> torch.Tensor:
     """See `torchstone.ops.cross_entropy.linear_nll`."""
-    rows, dtype = _rows(chunk, weight_VD.shape[0]), _compute_dtype(h_ND)
+    rows, dtype = _rows(chunk, weight_VD.shape[0], h_ND.device), _compute_dtype(h_ND)
     weight, parts = weight_VD.to(dtype), []
     for a in range(0, h_ND.shape[0], rows):
         target = targets_N[a : a + rows]
