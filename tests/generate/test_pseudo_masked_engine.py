@@ -116,10 +116,10 @@ def test_evaluation_tells_how_long_a_middle_is(
 
     monkeypatch.setattr(PseudoMaskedEngine, "generate", seen)
     (result,) = json.loads(cli("evaluate", run.path, "--infilling", file, "--json", "--device", "cpu").out)["results"]
-    # 12 positions: 3 for the middle, 3 for what is written beside it, one for the separator in front
+    # 12 positions: 3 for the middle, one for the separator in front
     assert (result["mode"], result["max_new_tokens"], result["cut"]) == ("pseudo_masks", 3, 1)
     assert rows[0] == [SEPARATOR, *b"a", MASK, *b"c"] and rows[-1] == rows[0]
-    assert rows[1] == [SEPARATOR, *b"efgh", MASK, MASK, *b"i"]
+    assert rows[1] == [SEPARATOR, *b"bcdefgh", MASK, MASK, *b"i"]
     assert rows[2] == [SEPARATOR, *b"a", MASK, MASK, MASK, *b"i"] and rows[3] == [SEPARATOR, MASK]
     assert result["metrics"]["exact"]["value"] >= 0.2
     with pytest.raises(TorchstoneError, match="has no sentinel tokens"):
@@ -133,8 +133,11 @@ def test_what_cannot_be_written_is_one_sentence(runs: dict[str, Run]) -> None:
             run.generate("ab", suffix="c", **options)
     with pytest.raises(TorchstoneError, match="1 suffixes for 2 prompts; one each is needed"):
         run.generate(["a", "b"], suffix="c")
-    with pytest.raises(TorchstoneError, match="10 tokens and 4 to write are more than the model's 12 positions"):
-        runs["short"].generate("abc", suffix="de", **GREEDY)
+    assert len(runs["short"].generate("abcd", suffix="efg", **GREEDY)[0].ids) == 4  # stand-ins have the holes' places
+    with pytest.raises(TorchstoneError, match="prompt of 13 tokens is too long: the model knows 12 positions"):
+        runs["short"].generate("abcd", suffix="efgh", **GREEDY)
+    with pytest.raises(TorchstoneError, match="12 tokens and one to write are more than the model's 12 positions"):
+        engine_of(runs["short"]).generate([[*b"abcdefghijkl"]])
     assert len(engine_of(runs["short"]).generate([[*b"abcdefghij"]], Sampling(**GREEDY))[0].ids) == 2
     with pytest.raises(TorchstoneError, match="is no decoder; generation needs causal: true"):
         runs["masked_lm"].generate("ab", suffix="c")

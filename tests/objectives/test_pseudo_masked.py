@@ -165,6 +165,17 @@ def test_at_first_it_is_two_logarithms_of_the_vocabulary_and_it_learns(tmp_path:
     assert first == pytest.approx(2 * math.log(259), rel=0.05) and last < 0.8 * first
 
 
+@torch.no_grad()
+def test_learned_positions_reach_as_far_as_the_text() -> None:
+    made = objective()
+    batch = made.prepare({"ids": IDS}, Key(0))
+    assert batch["pseudo"].shape[1] > T
+    exact = model(position="learned", context=T)
+    assert logits(exact, batch).shape[1] == batch["pseudo"].shape[1]
+    with pytest.raises(TorchstoneError, match=f"{T} tokens: position learned knows {T - 1} positions"):
+        logits(model(position="learned", context=T - 1), batch)
+
+
 def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     for fields, message in (
         ({"rate": 0.6}, "objective.rate: .*less than or equal to 0.5"),

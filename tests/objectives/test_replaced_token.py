@@ -295,6 +295,11 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         objective={**objective, "generator": {"width": 8}}
     )
     assert "objective.generator" in said(objective={**objective, "generator": {"dept": 1}})
+    for name, value in (("vocabulary", 77), ("embedding", {"size": 8}), ("causal", True)):
+        patch = {**objective, "generator": {name: value}}
+        assert f"objective.generator.{name}: is the model's" in said(objective=patch)
+    nothing = {**objective, "weight": 0, "corrective": 0}
+    assert "weight and corrective are both 0" in said(objective=nothing)
     assert "less than 1" in said(objective={**objective, "rate": 1.0})
     copies = {**objective, "correction": "copy", "weight": 0}
     assert "copy reuses the probability that detection learns, and its weight is 0" in said(objective=copies)

@@ -135,7 +135,9 @@ def test_usual_chunk_is_bounded_whatever_the_vocabulary() -> None:
     from torchstone.ops.cross_entropy import chunked
 
     for vocabulary in (61, 32_000, 250_000):
-        assert chunked._rows(None, vocabulary) * vocabulary <= max(chunked._LOGITS, 16 * vocabulary)
+        for device in ("cpu", "cuda"):
+            most = max(chunked.logits_at_once(device), 16 * vocabulary)
+            assert chunked._rows(None, vocabulary, torch.device(device)) * vocabulary <= most
 
 
 def test_bfloat16_products_are_summed_in_float32() -> None:

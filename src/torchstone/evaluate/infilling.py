@@ -95,8 +95,8 @@ def infilling(
         raise TorchstoneError("infilling: the model names no context, of which prefix and suffix get their shares")
     start = scorer.frame[0]
     new = max(1, scorer.window // 4)
-    # what an encoder writes is read beside the mask tokens in its place
-    room = scorer.window + 1 - len(start) - (2 * new + 1 if sentinels is None else new + len(sentinels))
+    # an encoder reads the mask tokens too, a decoder not the last token that it writes
+    room = scorer.window + 1 - new - len(start) - (1 if sentinels is None else len(sentinels))
     if room < 0:
         raise TorchstoneError(f"infilling: a context of {scorer.window} tokens has no room for a prefix and a suffix")
     prompts, cut = [], 0

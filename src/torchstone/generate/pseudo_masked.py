@@ -60,11 +60,11 @@ class PseudoMaskedEngine(Engine):
         model.check_mask(_MASK)  # type: ignore[operator]
 
     def _budget(self, ids: list[int], asked: int, limit: int | None) -> int:
-        """As many as there are mask tokens; without, as many as have positions, the stand-in's included."""
+        """As many as there are mask tokens; without, as many as have positions."""
         holes = ids.count(self.mask) if self.mask is not None else 0
-        if limit is not None and len(ids) + max(holes, 1) > limit:
+        if limit is not None and not holes and len(ids) >= limit:
             raise TorchstoneError(
-                f"prompt: {len(ids)} tokens and {max(holes, 1)} to write are more than the model's {limit} positions"
+                f"prompt: {len(ids)} tokens and one to write are more than the model's {limit} positions"
             )
         return holes or (asked if limit is None else min(asked, limit - len(ids)))
 

@@ -390,7 +390,10 @@ class Transformer(nn.Module):
 
     def _enter(self, inputs: Any, state: State | None) -> Tokens:
         tokens = self.embedding.tokens(inputs)
-        self.check_length(tokens.index.shape[1] + (0 if state is None else state.reach))
+        length, limit = tokens.index.shape[1] + (0 if state is None else state.reach), self.limit
+        if limit is not None and length > limit and tokens.position is not None and state is None:
+            length = int(tokens.position.max()) + 1  # several tokens at a place
+        self.check_length(length)
         if tokens.valid is not None and tokens.position is None and tokens.start is None and state is None:
             # padding, left or right, has no place in the count of positions
             tokens = replace(tokens, position=(tokens.valid.long().cumsum(1) - 1).clamp(min=0))

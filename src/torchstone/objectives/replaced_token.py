@@ -81,6 +81,8 @@ class ReplacedTokenSpec(ObjectiveSpec):
     def _detected(self) -> ReplacedTokenSpec:
         if self.correction == "copy" and not self.weight:
             raise ValueError("correction copy reuses the probability that detection learns, and its weight is 0")
+        if not self.weight and not self.corrective:
+            raise ValueError("weight and corrective are both 0, and only the generator would learn")
         return self
 
     def build(self, facts: Facts) -> Objective:
@@ -276,7 +278,8 @@ def _generator(spec: ReplacedTokenSpec, model: TransformerSpec) -> nn.Module:
     """The generator, drawn from torch's generator as modules of an objective are.
 
     Raises:
-        TorchstoneError: a patch that changes the width, or that fits no model.
+        TorchstoneError: a patch that changes what both share (width, embedding, vocabulary, reading both ways), or that
+            fits no model.
     """
     own = {"head": {"kind": "mlm", "tied": True}, **spec.generator}
     if own.get("width", model.width) != model.width:
@@ -284,6 +287,9 @@ def _generator(spec: ReplacedTokenSpec, model: TransformerSpec) -> nn.Module:
             f"objective.generator.width: {own['width']}; with the model's embedding it is {model.width}"
         )
     made = validate(TransformerSpec, merge(model.dump(), own, TransformerSpec), "objective.generator")
+    for name in ("embedding", "vocabulary", "causal"):
+        if getattr(made, name) != getattr(model, name):
+            raise TorchstoneError(f"objective.generator.{name}: is the model's, and cannot be another")
     if made.depth > model.depth:
         warnings.warn(
             f"objective.generator.depth: {made.depth} layers, more than the {model.depth} of the model that learns "

@@ -201,8 +201,9 @@ def _labelled(data: TextDataSpec, split: str, count: int) -> tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def _probe(model: Any, data: TextDataSpec, rows: int) -> float:
-    """Macro-F1 of categories by a linear probe on the layer that is best on a third of the rows it may learn from."""
+def _probe(model: Any, data: TextDataSpec, rows: int) -> tuple[float, float]:
+    """Macro-F1 of categories by a linear probe on the layer that is best on a third of the rows it may learn from: on
+    that third, and on test rows."""
     (learn, other), (asked, wanted) = (_labelled(data, split, rows) for split in ("valid", "test"))
     names = [f"encoder.layers.{layer}.x" for layer in range(model.spec.depth)]
 
@@ -227,7 +228,7 @@ def _probe(model: Any, data: TextDataSpec, rows: int) -> float:
     ours, theirs, cut = features(learn), features(asked), len(learn) * 2 // 3
     chosen = [scored(x[:cut], other[:cut], x[cut:], other[cut:]) for x in ours]
     best = int(np.argmax(chosen))
-    return scored(ours[best], other, theirs[best], wanted)
+    return chosen[best], scored(ours[best], other, theirs[best], wanted)
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,8 @@ def _trained(size: _Size, arm: str, seed: int, lr: float) -> dict[str, float]:
     trainer, made = make_trainer(recipe)
     rows = trainer.fit()
     replaced = [row["replaced"] for row in rows if "replaced" in row]
-    found = {"macro-F1": _probe(trainer.model, made.data, size.rows)}  # type: ignore[arg-type]
+    valid, test = _probe(trainer.model, made.data, size.rows)  # type: ignore[arg-type]
+    found = {"valid": valid, "macro-F1": test}
     if arm == "metro":
         # one batch has some hundred masked tokens: means of fifths of the training
         shares = torch.stack([part.mean() for part in torch.tensor(replaced, dtype=torch.float64).chunk(5)])
@@ -302,7 +304,7 @@ def _signals(scale: Scale, first: int) -> Measured:
     for arm in _ARMS:
         like = arm.removesuffix(", again")
         if arm == like and len(size.rates) > 1:
-            scores = {lr: _trained(size, arm, first + _TUNING, lr)["macro-F1"] for lr in size.rates}
+            scores = {lr: _trained(size, arm, first + _TUNING, lr)["valid"] for lr in size.rates}
             numbers[f"{arm}: learning rate"] = max(scores, key=scores.__getitem__)
         rate = numbers.get(f"{like}: learning rate", size.rates[0])
         main, reported = arm in tuple(_ARMS)[:3], arm == "masked language model"

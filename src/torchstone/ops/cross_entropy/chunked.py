@@ -14,8 +14,8 @@ from torchstone.ops import at_least_float32
 
 _LOGITS, _DEVICE_LOGITS = 1 << 23, 1 << 26
 """Logits that may exist at once, on a CPU and on a device: large enough that the products run at full speed. Each chunk
-adds to the gradient of all weights, which on a device takes longer than the products where chunks are a CPU's: on an H100
-27.3 ms against 14.0 for 16,384 rows, width 768, 32,000 tokens."""
+adds to the gradient of all weights, which on a device takes longer than the products where chunks are a CPU's: on an
+H100 27.3 ms against 14.0 for 16,384 rows, width 768, 32,000 tokens."""
 _STRIP = 1 << 19
 """Logits in a strip: 2 MB in float32, what the second-level caches of two cores hold."""
 
