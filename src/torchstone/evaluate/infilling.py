@@ -110,6 +110,7 @@ def infilling(
             prompts.append([*start, *arranged(sentinels, mode, prefix, suffix)])
         else:
             tokens = max(1, min(new, len(scorer.tokenizer.encode(hole.middle))))
+            assert scorer.tokenizer.mask is not None
             prompts.append([*start, *prefix, *[scorer.tokenizer.mask] * tokens, *suffix])
     if stand_in is not None:
         engine: Engine = PseudoMaskedEngine(scorer.model, scorer.tokenizer, stand_in)
