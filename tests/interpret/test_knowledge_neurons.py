@@ -120,6 +120,31 @@ def test_interventions_are_at_the_place_of_the_answer_alone() -> None:
     assert torch.equal(made(ids).logits, plain)
 
 
+def test_nested_interventions_on_one_layer_are_gone_after_their_contexts() -> None:
+    made = model()
+    kn, ids = finder(made), torch.tensor([list(b"abcdef")])
+
+    def logits() -> torch.Tensor:
+        return made(ids, taps=kn._taps(at=5)).logits
+
+    plain = logits()
+    with kn.suppress([(0, 3), (0, 4)]):
+        outer = logits()
+        with kn.amplify([(0, 5), (0, 6)]):
+            both = kn.activations("abcdef")[0]
+            assert not torch.equal(logits(), outer)
+        assert torch.equal(logits(), outer)
+    assert torch.equal(logits(), plain) and not torch.equal(outer, plain)
+    alone = kn.activations("abcdef")[0]
+    assert not both[3:5].any() and alone[3:5].all() and torch.equal(both[5:7], 2 * alone[5:7])
+    # the first to begin may be the first to end
+    first, second = kn.suppress([(0, 3), (0, 4)]), kn.suppress([(0, 3), (0, 4)])
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    assert torch.equal(logits(), outer)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(), plain)
+
+
 def test_sets_only_shrink_with_higher_bounds() -> None:
     kn = finder(encoder())
     prompts = ["a[MASK]b", "c[MASK]", "dd[MASK]e", "[MASK]fg"]

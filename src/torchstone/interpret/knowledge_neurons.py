@@ -280,7 +280,8 @@ class KnowledgeNeurons:
         try:
             yield
         finally:
-            self._forced.remove(forced)
+            # by identity: contexts may end in any order, and equality of tensors is no truth value
+            self._forced = [other for other in self._forced if other is not forced]
 
     def suppress(self, neurons: Iterable[Neuron | Unit]) -> Any:
         """A context in which these units are 0 at the place of the answer."""
