@@ -273,7 +273,10 @@ def test_a_file_of_facts_is_examined_and_a_relation_erased_in_a_copy(tmp_path: P
     ("facts", "arguments", "message"),
     [
         ([], [], "needs an object of relations"),
-        ({"r": []}, [], "r: needs an object of facts"),
+        ({"r": []}, [], "r: needs an object of facts, of one at least"),
+        ({"r": {}}, ["--erase", "r", "--out", "erased"], "r: needs an object of facts, of one at least"),
+        (FACTS, ["--erase", "first", "--out", "erased", "--limit", "0"], "limit is 0, it must be 1 or more"),
+        (FACTS, ["--limit", "-1"], "limit is -1, it must be 1 or more"),
         ({"r": {"f": [["a"]]}}, [], r"r: f: needs a list of [prompt, answer, relation]"),
         ({"r": {"f": [["a", "x"], ["b", "y"], ["c", "x"]]}}, [], "r: f: has several answers, x, y"),
         ({"r": {"f": [["a", "x"]]}}, [], "fact 'f': 1 prompts; at least 3 are needed"),
@@ -282,9 +285,16 @@ def test_a_file_of_facts_is_examined_and_a_relation_erased_in_a_copy(tmp_path: P
     ],
 )
 def test_facts_that_are_none_are_one_line(
-    tmp_path: Path, cli: Callable[..., Any], facts: Any, arguments: list[str], message: str
+    tmp_path: Path,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    facts: Any,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     tiny.saved(tmp_path / "run", tiny.recipe(tmp_path))
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     said = cli("interpret", "knowledge-neurons", tmp_path / "run", "--facts", tmp_path / "facts.json", *arguments)
     assert said.status == 2 and message in said.err and said.err.count("\n") == 1
+    assert not (tmp_path / "erased").exists()

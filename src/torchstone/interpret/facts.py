@@ -33,8 +33,8 @@ def read_facts(path: Path) -> dict[str, dict[str, Fact]]:
     if not isinstance(data, dict) or not data:
         raise TorchstoneError(f"{path}: needs an object of relations")
     for relation, facts in data.items():
-        if not isinstance(facts, dict):
-            raise TorchstoneError(f"{path}: {relation}: needs an object of facts")
+        if not isinstance(facts, dict) or not facts:
+            raise TorchstoneError(f"{path}: {relation}: needs an object of facts, of one at least")
         found[relation] = {}
         for name, rows in facts.items():
             here = f"{path}: {relation}: {name}"
@@ -70,8 +70,10 @@ def examine(
         options: of `KnowledgeNeurons`.
 
     Raises:
-        TorchstoneError: bad facts, an unknown relation, `out` without `erase` or in use.
+        TorchstoneError: bad facts, an unknown relation, a limit below 1, `out` without `erase` or in use.
     """
+    if limit is not None and limit < 1:
+        raise TorchstoneError(f"interpret: limit is {limit}, it must be 1 or more")
     facts = read_facts(path)
     for name in [*(relations or ()), *([] if erase is None else [erase])]:
         if name not in facts:
