@@ -224,6 +224,12 @@ def test_prompts_that_cannot_be_read_are_one_sentence() -> None:
     assert "fact 'f': 1 prompts" in said(lambda: kn.find_all({"f": Fact(("a[MASK]",), "x")}))
     assert "a prompt without tokens" in said(lambda: causal.probability("", "x"))
     assert "there is no unit 99 in layer 0" in said(lambda: kn.erase([(0, 99)]))
+    for name, value in itertools.product(("threshold", "share"), (0.0, -0.2, 1.5, float("nan"), float("inf"))):
+        message = said(lambda name=name, value=value: finder(encoder(), **{name: value}))
+        assert f"{name} is {value:g}, it must be above 0 and at most 1" in message
+        assert ("above 1 no unit would be kept" in message) == (value > 1)
+    assert "threshold is 1.01, it must be" in said(lambda: kn.coarse([torch.ones(3)], 1.01))
+    assert "threshold is nan, it must be" in said(lambda: kn.coarse([torch.ones(3)], float("nan")))
     assert "give a tokenizer that has one" in said(lambda: KnowledgeNeurons(encoder()))
     assert KnowledgeNeurons(encoder(), mask=2).probability([1, 2], 3) > 0
     assert "needs the tokenizer" in said(lambda: KnowledgeNeurons(model()).probability("a", 3))
@@ -276,6 +282,8 @@ def test_a_file_of_facts_is_examined_and_a_relation_erased_in_a_copy(tmp_path: P
         ({"r": []}, [], "r: needs an object of facts, of one at least"),
         ({"r": {}}, ["--erase", "r", "--out", "erased"], "r: needs an object of facts, of one at least"),
         (FACTS, ["--erase", "first", "--out", "erased", "--limit", "0"], "limit is 0, it must be 1 or more"),
+        (FACTS, ["--erase", "first", "--out", "erased", "--threshold", "1.5"], "above 1 no unit would be kept"),
+        (FACTS, ["--erase", "first", "--out", "erased", "--share", "nan"], "share is nan, it must be above 0"),
         (FACTS, ["--limit", "-1"], "limit is -1, it must be 1 or more"),
         ({"r": {"f": [["a"]]}}, [], r"r: f: needs a list of [prompt, answer, relation]"),
         ({"r": {"f": [["a", "x"], ["b", "y"], ["c", "x"]]}}, [], "r: f: has several answers, x, y"),

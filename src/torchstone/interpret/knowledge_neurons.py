@@ -88,7 +88,8 @@ class KnowledgeNeurons:
         batch: copies along a path at once; None takes all.
 
     Raises:
-        TorchstoneError: a model without hidden units, or a masked one whose tokenizer has no mask token.
+        TorchstoneError: a model without hidden units, a masked one whose tokenizer has no mask token, or a threshold or
+            share that is not above 0 and at most 1.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class KnowledgeNeurons:
         mask: str | int = "[MASK]",
         batch: int | None = None,
     ) -> None:
+        self.steps, self.rule, self.batch = steps, rule, batch
+        self.threshold, self.share = _portion("threshold", threshold), _portion("share", share)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.steps, self.rule, self.threshold, self.share, self.batch = steps, rule, threshold, share, batch
         self.masked, self._marker = model.decoder is None, "[MASK]" if isinstance(mask, int) else mask
         self._mask = mask if isinstance(mask, int) else None if tokenizer is None else tokenizer.mask
         self._side = "encoder" if self.masked else "decoder"
@@ -236,9 +238,13 @@ class KnowledgeNeurons:
 
     def coarse(self, scores: Sequence[torch.Tensor], threshold: float | None = None) -> dict[Unit, float]:
         """Units with at least `threshold` of the largest score in any layer, and their scores; none where no score is
-        above zero."""
+        above zero.
+
+        Raises:
+            TorchstoneError: a threshold that is not above 0 and at most 1.
+        """
         most = max(float(score.max()) for score in scores)
-        bound = (self.threshold if threshold is None else threshold) * most
+        bound = (self.threshold if threshold is None else _portion("threshold", threshold)) * most
         if most <= 0:
             return {}
         return {
@@ -338,6 +344,13 @@ class KnowledgeNeurons:
             return self._write(neurons, torch.zeros_like)
         row = self._rows()[self.token(fill)]
         return self._write(neurons, lambda w_D: row.to(w_D.dtype))
+
+
+def _portion(name: str, value: float) -> float:
+    if not 0 < value <= 1:  # nan neither
+        empty = "; above 1 no unit would be kept" if value > 1 else ""
+        raise TorchstoneError(f"knowledge neurons: {name} is {value:g}, it must be above 0 and at most 1{empty}")
+    return value
 
 
 def _units(neurons: Iterable[Neuron | Unit]) -> list[Unit]:
