@@ -16,7 +16,14 @@ from torchstone.data import Tokenizer
 from torchstone.data.tokenizer import BYTE_CHARACTERS, byte_level
 from torchstone.errors import TorchstoneError
 from torchstone.interpret.integrated_gradients import integrated_gradients
-from torchstone.interpret.knowledge_neurons import Fact, KnowledgeNeurons, Neuron, refine, refine_together
+from torchstone.interpret.knowledge_neurons import (
+    Fact,
+    KnowledgeNeurons,
+    Neuron,
+    drop_shared,
+    refine,
+    refine_together,
+)
 from torchstone.model.site import initialise
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
@@ -167,6 +174,15 @@ def test_the_share_moves_until_facts_have_two_to_five() -> None:
     assert len(plain) == 6 and len(together) == 5
     few = [dict.fromkeys(units[:1] if k < 5 else units[:2], 1.0) for k in range(8)]
     assert len(refine(few, 0.5)) == 1 and len(refine_together({"f": few}, 0.5)["f"]) == 2
+
+
+def test_neurons_that_many_facts_share_are_left_out() -> None:
+    # of 20 facts all have unit 0, three unit 1, two unit 2, and each one of its own
+    found = {n: [(0, 0), *[(0, 1)] * (n < 3), *[(0, 2)] * (n < 2), (1, n)] for n in range(20)}
+    assert drop_shared(found) == {n: [*[(0, 2)] * (n < 2), (1, n)] for n in range(20)}
+    assert drop_shared(found, 0.15)[0] == [(0, 1), (0, 2), (1, 0)] and drop_shared(found, 1.0) == found
+    few = {"a": [Neuron(0, 1, 2.0), Neuron(0, 2, 3.0)], "b": [Neuron(0, 1, 5.0)]}  # one score a fact, one unit
+    assert drop_shared(few) == {"a": [Neuron(0, 2, 3.0)], "b": []}
 
 
 def test_an_edit_moves_columns_along_rows_of_the_output_and_is_undone_to_the_bit() -> None:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -34,7 +34,7 @@ from torchstone.model.feedforward.mlp import MLP
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer
 
-__all__ = ["Edit", "Fact", "KnowledgeNeurons", "Neuron", "refine", "refine_together"]
+__all__ = ["Edit", "Fact", "KnowledgeNeurons", "Neuron", "drop_shared", "refine", "refine_together"]
 
 Prompt = str | Sequence[int]
 Unit = tuple[int, int]
@@ -49,6 +49,10 @@ class Neuron:
     layer: int
     unit: int
     score: float = 0.0
+
+
+_Fact = TypeVar("_Fact")
+_Found = TypeVar("_Found", Neuron, Unit)
 
 
 @dataclass(frozen=True)
@@ -333,7 +337,11 @@ class KnowledgeNeurons:
     def update(
         self, neurons: Iterable[Neuron | Unit], old: str | int, new: str | int, lam: tuple[float, float] = (1.0, 8.0)
     ) -> Edit:
-        """Rewrite a fact: in each unit's column the direction of the old answer makes way for that of the new one."""
+        """Rewrite a fact: in each unit's column the direction of the old answer makes way for that of the new one.
+
+        Units that many facts of the relation have in common carry the relation rather than the fact: leave them out
+        with `drop_shared` first, as published.
+        """
         rows, (less, more) = self._rows(), lam
         away, to = (torch.nn.functional.normalize(rows[self.token(answer)].float(), dim=0) for answer in (old, new))
         return self._write(neurons, lambda w_D: w_D + (w_D.norm() * (more * to - less * away)).to(w_D.dtype))
@@ -376,3 +384,11 @@ def refine_together(coarse: Mapping[str, Sequence[Mapping[Unit, float]]], share:
         share += _STEP if mean > _BOUNDS[1] else -_STEP
         found = {name: refine(sets, share) for name, sets in coarse.items()}
     return found
+
+
+def drop_shared(found: Mapping[_Fact, Sequence[_Found]], most: float = 0.1) -> dict[_Fact, list[_Found]]:
+    """The neurons of a relation's facts without those of more than `most` of the facts, which carry the relation
+    (section 5); what only one fact has stays, however few facts there are."""
+    counts = Counter(unit for own in found.values() for unit in _units(own))
+    bound = max(1, most * len(found))
+    return {fact: [each for each in own if counts[_units([each])[0]] <= bound] for fact, own in found.items()}
