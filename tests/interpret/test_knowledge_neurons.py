@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import models, pre_tokenizers
 
 import tiny
 from torchstone.data import Tokenizer
@@ -246,12 +248,35 @@ def test_prompts_that_cannot_be_read_are_one_sentence() -> None:
         assert ("above 1 no unit would be kept" in message) == (value > 1)
     assert "threshold is 1.01, it must be" in said(lambda: kn.coarse([torch.ones(3)], 1.01))
     assert "threshold is nan, it must be" in said(lambda: kn.coarse([torch.ones(3)], float("nan")))
+    for answer in (-1, 259):
+        assert f"the answer {answer} is no id of the model's 259" in said(lambda a=answer: kn.probability("[MASK]", a))
     assert "give a tokenizer that has one" in said(lambda: KnowledgeNeurons(encoder()))
     assert KnowledgeNeurons(encoder(), mask=2).probability([1, 2], 3) > 0
     assert "needs the tokenizer" in said(lambda: KnowledgeNeurons(model()).probability("a", 3))
     moe = {"kind": "moe", "experts": 2, "active": 1}
     assert "layer 0 has no hidden units that are all of one network (MoE)" in said(lambda: finder(model(ffn=moe)))
     assert KnowledgeNeurons(model()).probability([97, 98], 99) > 0
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_refused() -> None:
+    words = {"[UNK]": 0, "[MASK]": 1, "known": 2, "word": 3, "k": 4, "##z": 5}
+    pieces = [("[UNK]", 0.0), ("known", -1.0), ("\u2581", -2.0), ("word", -1.0)]
+    backends = [
+        tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]")),
+        tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]")),
+        tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0)),
+    ]
+    for backend in backends:
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.add_special_tokens(["[UNK]", "[MASK]"])
+        kn = KnowledgeNeurons(encoder(vocabulary=16), Tokenizer(backend, {"mask_token": "[MASK]"}))
+        assert kn.token("known") == backend.token_to_id("known")
+        with pytest.raises(TorchstoneError, match="the tokenizer does not know the answer 'qqq'$"):
+            kn.token("qqq")
+        with pytest.raises(TorchstoneError, match=r"'known qqq' is 2 tokens, not one: 'known', '\[UNK\]'$"):
+            kn.token("known qqq")
+    with pytest.raises(TorchstoneError, match="'kz' is 2 tokens, not one: 'k', '##z'$"):
+        KnowledgeNeurons(encoder(vocabulary=16), Tokenizer(backends[1], {"mask_token": "[MASK]"})).token("kz")
 
 
 # ------------------------------------------------------------------------------------------------------- from a file

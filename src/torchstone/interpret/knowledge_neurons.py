@@ -17,11 +17,13 @@ Shapes: T tokens, M hidden units, D width, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -166,17 +168,33 @@ class KnowledgeNeurons:
         """The id of an answer.
 
         Raises:
-            TorchstoneError: it is no single token; names its pieces.
+            TorchstoneError: it is no single token, and names its pieces; a word that the tokenizer does not know; an id
+                that the model has not.
         """
         if isinstance(answer, int):
+            if not 0 <= answer < self.model.spec.vocabulary:
+                raise TorchstoneError(
+                    f"knowledge neurons: the answer {answer} is no id of the model's {self.model.spec.vocabulary:,}"
+                )
             return answer
         if self.tokenizer is None:
             raise TorchstoneError("knowledge neurons: an answer that is text needs the tokenizer")
         ids = self.tokenizer.encode(answer)
         if len(ids) != 1:
-            pieces = ", ".join(repr(self.tokenizer.decode([token])) for token in ids)
+            pieces = ", ".join(repr(self.tokenizer.backend.id_to_token(token)) for token in ids)
             raise TorchstoneError(f"knowledge neurons: the answer {answer!r} is {len(ids)} tokens, not one: {pieces}")
+        if ids[0] == self._unknown:
+            raise TorchstoneError(f"knowledge neurons: the tokenizer does not know the answer {answer!r}")
         return ids[0]
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that stands for what the tokenizer does not know."""
+        if self.tokenizer is None:
+            return None
+        made = json.loads(self.tokenizer.backend.to_str())["model"]
+        name = made.get("unk_token")
+        return made.get("unk_id") if name is None else self.tokenizer.backend.token_to_id(name)
 
     # -- probabilities
 
