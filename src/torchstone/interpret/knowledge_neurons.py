@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -36,11 +36,15 @@ from torchstone.model.feedforward.mlp import MLP
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer
 
-__all__ = ["Edit", "Fact", "KnowledgeNeurons", "Neuron", "drop_shared", "refine", "refine_together"]
+__all__ = ["By", "Edit", "Fact", "KnowledgeNeurons", "Neuron", "drop_shared", "refine", "refine_together"]
 
 Prompt = str | Sequence[int]
 Unit = tuple[int, int]
 """Layer and hidden unit."""
+By = Literal["attribution", "activation"]
+"""What units are found by: their attribution, or, as a baseline, how active they are."""
+_LOUD = 0.5
+"""Share of a prompt's largest activation that the baseline keeps units from, as published."""
 _LEAST, _ROUNDS, _BOUNDS, _STEP = 3, 6, (2.0, 5.0), 0.05
 
 
@@ -94,8 +98,8 @@ class KnowledgeNeurons:
         batch: copies along a path at once; None takes all.
 
     Raises:
-        TorchstoneError: a model without hidden units, a masked one whose tokenizer has no mask token, or a threshold or
-            share that is not above 0 and at most 1.
+        TorchstoneError: no Transformer, one without hidden units or without logits over the vocabulary, a masked one
+            whose tokenizer has no mask token, or a threshold or share that is not above 0 and at most 1.
     """
 
     def __init__(
@@ -109,6 +113,9 @@ class KnowledgeNeurons:
         mask: str | int = "[MASK]",
         batch: int | None = None,
     ) -> None:
+        if not isinstance(model, Transformer):
+            raise TorchstoneError(f"knowledge neurons: needs a Transformer, got {type(model).__name__}")
+        model.vocabulary_head()
         self.steps, self.rule, self.batch = steps, rule, batch
         self.threshold, self.share = _portion("threshold", threshold), _portion("share", share)
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -172,10 +179,10 @@ class KnowledgeNeurons:
                 that the model has not.
         """
         if isinstance(answer, int):
-            if not 0 <= answer < self.model.spec.vocabulary:
-                raise TorchstoneError(
-                    f"knowledge neurons: the answer {answer} is no id of the model's {self.model.spec.vocabulary:,}"
-                )
+            size = self.model.spec.vocabulary
+            assert size is not None
+            if not 0 <= answer < size:
+                raise TorchstoneError(f"knowledge neurons: the answer {answer} is no id of the model's {size:,}")
             return answer
         if self.tokenizer is None:
             raise TorchstoneError("knowledge neurons: an answer that is text needs the tokenizer")
@@ -240,6 +247,21 @@ class KnowledgeNeurons:
         self._probability(ids, at, 0, taps)
         return [taps.seen[path][0, at] for path in paths]
 
+    def activation(self, neurons: Iterable[Neuron | Unit], prompts: Sequence[Prompt]) -> float:
+        """Mean activation of units over prompts. Of a fact's neurons it should be largest in prompts that mention head
+        and tail, smaller with the head alone, smallest with neither (section 4).
+
+        Raises:
+            TorchstoneError: no prompt or no unit, or a unit that is not there.
+        """
+        units = _units(neurons)
+        if not units or not _several(prompts):
+            raise TorchstoneError("knowledge neurons: a mean activation needs a unit and a prompt")
+        for layer, unit in units:
+            self._check(layer, unit)
+        found = [self.activations(prompt) for prompt in prompts]
+        return sum(float(each[layer][unit]) for each in found for layer, unit in units) / len(found) / len(units)
+
     # -- attribution
 
     def attribute(self, prompt: Prompt, answer: str | int) -> list[torch.Tensor]:
@@ -275,25 +297,31 @@ class KnowledgeNeurons:
             for unit in (score >= bound).nonzero()[:, 0]
         }
 
-    def find(self, prompts: Sequence[Prompt], answer: str | int) -> list[Neuron]:
-        """The knowledge neurons of a fact, by layer and unit.
+    def find(self, prompts: Sequence[Prompt], answer: str | int, by: By = "attribution") -> list[Neuron]:
+        """The knowledge neurons of a fact, by layer and unit; by activation, the baseline of the paper.
 
         Raises:
             TorchstoneError: fewer than three prompts; one without a place for the answer.
         """
-        if len(prompts) < _LEAST:
-            raise TorchstoneError(f"knowledge neurons: {len(prompts)} prompts of a fact; at least {_LEAST} are needed")
-        return refine([self.coarse(self.attribute(prompt, answer)) for prompt in prompts], self.share)
+        return refine(self._kept(prompts, answer, by), self.share)
 
-    def find_all(self, facts: Mapping[str, Fact]) -> dict[str, list[Neuron]]:
+    def find_all(self, facts: Mapping[str, Fact], by: By = "attribution") -> dict[str, list[Neuron]]:
         """The knowledge neurons of a relation's facts, the share of prompts moved until facts have two to five each
         (section 4.1)."""
-        coarse = {}
-        for name, fact in facts.items():
-            if len(fact.prompts) < _LEAST:
-                raise TorchstoneError(f"fact {name!r}: {len(fact.prompts)} prompts; at least {_LEAST} are needed")
-            coarse[name] = [self.coarse(self.attribute(prompt, fact.answer)) for prompt in fact.prompts]
+        coarse = {name: self._kept(fact.prompts, fact.answer, by, f"fact {name!r}") for name, fact in facts.items()}
         return refine_together(coarse, self.share)
+
+    def _kept(
+        self, prompts: Sequence[Prompt], answer: str | int, by: By, name: str = "knowledge neurons"
+    ) -> list[dict[Unit, float]]:
+        """The coarse set of each prompt."""
+        if by not in get_args(By):
+            raise TorchstoneError(f"{name}: by needs {', '.join(get_args(By))}, got {by!r}")
+        if len(_several(prompts, name)) < _LEAST:
+            raise TorchstoneError(f"{name}: {len(prompts)} prompts; at least {_LEAST} are needed")
+        if by == "activation":
+            return [self.coarse(self.activations(prompt), _LOUD) for prompt in prompts]
+        return [self.coarse(self.attribute(prompt, answer)) for prompt in prompts]
 
     # -- interventions
 
@@ -364,10 +392,19 @@ class KnowledgeNeurons:
         away, to = (torch.nn.functional.normalize(rows[self.token(answer)].float(), dim=0) for answer in (old, new))
         return self._write(neurons, lambda w_D: w_D + (w_D.norm() * (more * to - less * away)).to(w_D.dtype))
 
-    def erase(self, neurons: Iterable[Neuron | Unit], fill: Literal["zero"] | int | str = "zero") -> Edit:
-        """Empty the units' columns: zeros, or the output row of a token ([UNK])."""
+    def erase(self, neurons: Iterable[Neuron | Unit], fill: Literal["zero", "unk"] | int | str = "zero") -> Edit:
+        """Empty the units' columns: zeros, or the output row of a token; "unk" is the token of what the tokenizer does
+        not know.
+
+        Raises:
+            TorchstoneError: the tokenizer has no such token.
+        """
         if fill == "zero":
             return self._write(neurons, torch.zeros_like)
+        if fill == "unk":
+            if self._unknown is None:
+                raise TorchstoneError("knowledge neurons: fill unk needs a tokenizer with a token of the unknown")
+            fill = self._unknown
         row = self._rows()[self.token(fill)]
         return self._write(neurons, lambda w_D: row.to(w_D.dtype))
 
@@ -377,6 +414,12 @@ def _portion(name: str, value: float) -> float:
         empty = "; above 1 no unit would be kept" if value > 1 else ""
         raise TorchstoneError(f"knowledge neurons: {name} is {value:g}, it must be above 0 and at most 1{empty}")
     return value
+
+
+def _several(prompts: Sequence[Prompt], name: str = "knowledge neurons") -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        raise TorchstoneError(f"{name}: prompts are a list, this is one text: {prompts!r:.80}")
+    return prompts
 
 
 def _units(neurons: Iterable[Neuron | Unit]) -> list[Unit]:
