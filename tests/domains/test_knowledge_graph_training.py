@@ -294,6 +294,7 @@ def test_questions_without_sense_are_refused(run: RunFolder, tmp_path: Path) -> 
     for match, question in {
         r"no entity 'p33' \(did you mean 'p3'\?\)$": {"head": "p33", "relation": "plus1"},
         r"no relation 'plus3' \(did you mean 'plus\d'\?\)$": {"head": "p3", "relation": "plus3"},
+        r"no entity 'p33' \(did you mean 'p3'\?\) and no relation 'zzz'$": {"tail": "p33", "relation": "zzz"},
         "give one end, head or tail": {"relation": "plus1"},
         "give one end, head or tail; ": {"relation": "plus1", "head": "p1", "tail": "p2"},
         "top is 0, it must be 1 or more": {"relation": "plus1", "head": "p1", "top": 0},
