@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,7 @@ def test_questions_without_sense_are_refused(run: RunFolder, tmp_path: Path) -> 
     for match, question in {
         r"no entity 'p33' \(did you mean 'p3'\?\)$": {"head": "p33", "relation": "plus1"},
         r"no relation 'plus3' \(did you mean 'plus\d'\?\)$": {"head": "p3", "relation": "plus3"},
+        r"no entity 'p33' \(did you mean 'p3'\?\) and no relation 'zzz'$": {"tail": "p33", "relation": "zzz"},
         "give one end, head or tail": {"relation": "plus1"},
         "give one end, head or tail; ": {"relation": "plus1", "head": "p1", "tail": "p2"},
         "top is 0, it must be 1 or more": {"relation": "plus1", "head": "p1", "top": 0},
@@ -306,6 +308,20 @@ def test_questions_without_sense_are_refused(run: RunFolder, tmp_path: Path) -> 
         knowledge_graph.load(text.path)
     with pytest.raises(TorchstoneError, match="its data have no entities"):
         text.names("entities")
+
+
+def test_numbers_beyond_whole_blocks_are_said_once(tmp_path: Path, no_plots: None) -> None:
+    def said(name: str, **model: Any) -> list[str]:
+        made = load_recipe(knowledge.recipe(tmp_path, model=model, trainer={"steps": 2}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            train(made, out=tmp_path / name, quiet=True)
+        return [str(each.message) for each in caught if "blocks" in str(each.message)]
+
+    notice = "model.block: 24 numbers are 3 blocks of 7; 21 are used"
+    assert said("floored", kind="house", dim=24, block=7) == [notice]
+    assert RunFolder(tmp_path / "floored").model().entity.shape == (14, 21)
+    assert said("whole", kind="house", dim=21, block=7) == said("sums", kind="transe", dim=5) == []
 
 
 def test_a_recipe_trains_and_its_run_is_asked_from_the_command_line(

@@ -40,10 +40,12 @@ def integrated_gradients(
         batch: copies at once; None takes all.
 
     Raises:
-        TorchstoneError: no step, or an unknown rule.
+        TorchstoneError: no step, none at once, or an unknown rule.
     """
     if steps < 1:
         raise TorchstoneError(f"steps: needs 1 or more, got {steps}")
+    if batch is not None and batch < 1:
+        raise TorchstoneError(f"batch: needs 1 or more, got {batch}")
     if rule not in _AT:
         raise TorchstoneError(f"rule: needs {', '.join(_AT)}, got {rule!r}")
     x = x.detach()

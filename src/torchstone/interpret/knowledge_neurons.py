@@ -17,12 +17,14 @@ Shapes: T tokens, M hidden units, D width, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -34,11 +36,15 @@ from torchstone.model.feedforward.mlp import MLP
 from torchstone.model.taps import Taps
 from torchstone.model.transformer import Transformer
 
-__all__ = ["Edit", "Fact", "KnowledgeNeurons", "Neuron", "refine", "refine_together"]
+__all__ = ["By", "Edit", "Fact", "KnowledgeNeurons", "Neuron", "drop_shared", "refine", "refine_together"]
 
 Prompt = str | Sequence[int]
 Unit = tuple[int, int]
 """Layer and hidden unit."""
+By = Literal["attribution", "activation"]
+"""What units are found by: their attribution, or, as a baseline, how active they are."""
+_LOUD = 0.5
+"""Share of a prompt's largest activation that the baseline keeps units from, as published."""
 _LEAST, _ROUNDS, _BOUNDS, _STEP = 3, 6, (2.0, 5.0), 0.05
 
 
@@ -49,6 +55,10 @@ class Neuron:
     layer: int
     unit: int
     score: float = 0.0
+
+
+_Fact = TypeVar("_Fact")
+_Found = TypeVar("_Found", Neuron, Unit)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class KnowledgeNeurons:
         batch: copies along a path at once; None takes all.
 
     Raises:
-        TorchstoneError: a model without hidden units, or a masked one whose tokenizer has no mask token.
+        TorchstoneError: no Transformer, one without hidden units or without logits over the vocabulary, a masked one
+            whose tokenizer has no mask token, or a threshold or share that is not above 0 and at most 1.
     """
 
     def __init__(
@@ -102,8 +113,12 @@ class KnowledgeNeurons:
         mask: str | int = "[MASK]",
         batch: int | None = None,
     ) -> None:
+        if not isinstance(model, Transformer):
+            raise TorchstoneError(f"knowledge neurons: needs a Transformer, got {type(model).__name__}")
+        model.vocabulary_head()
+        self.steps, self.rule, self.batch = steps, rule, batch
+        self.threshold, self.share = _portion("threshold", threshold), _portion("share", share)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.steps, self.rule, self.threshold, self.share, self.batch = steps, rule, threshold, share, batch
         self.masked, self._marker = model.decoder is None, "[MASK]" if isinstance(mask, int) else mask
         self._mask = mask if isinstance(mask, int) else None if tokenizer is None else tokenizer.mask
         self._side = "encoder" if self.masked else "decoder"
@@ -160,17 +175,33 @@ class KnowledgeNeurons:
         """The id of an answer.
 
         Raises:
-            TorchstoneError: it is no single token; names its pieces.
+            TorchstoneError: it is no single token, and names its pieces; a word that the tokenizer does not know; an id
+                that the model has not.
         """
         if isinstance(answer, int):
+            size = self.model.spec.vocabulary
+            assert size is not None
+            if not 0 <= answer < size:
+                raise TorchstoneError(f"knowledge neurons: the answer {answer} is no id of the model's {size:,}")
             return answer
         if self.tokenizer is None:
             raise TorchstoneError("knowledge neurons: an answer that is text needs the tokenizer")
         ids = self.tokenizer.encode(answer)
         if len(ids) != 1:
-            pieces = ", ".join(repr(self.tokenizer.decode([token])) for token in ids)
+            pieces = ", ".join(repr(self.tokenizer.backend.id_to_token(token)) for token in ids)
             raise TorchstoneError(f"knowledge neurons: the answer {answer!r} is {len(ids)} tokens, not one: {pieces}")
+        if ids[0] == self._unknown:
+            raise TorchstoneError(f"knowledge neurons: the tokenizer does not know the answer {answer!r}")
         return ids[0]
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that stands for what the tokenizer does not know."""
+        if self.tokenizer is None:
+            return None
+        made = json.loads(self.tokenizer.backend.to_str())["model"]
+        name = made.get("unk_token")
+        return made.get("unk_id") if name is None else self.tokenizer.backend.token_to_id(name)
 
     # -- probabilities
 
@@ -216,6 +247,21 @@ class KnowledgeNeurons:
         self._probability(ids, at, 0, taps)
         return [taps.seen[path][0, at] for path in paths]
 
+    def activation(self, neurons: Iterable[Neuron | Unit], prompts: Sequence[Prompt]) -> float:
+        """Mean activation of units over prompts. Of a fact's neurons it should be largest in prompts that mention head
+        and tail, smaller with the head alone, smallest with neither (section 4).
+
+        Raises:
+            TorchstoneError: no prompt or no unit, or a unit that is not there.
+        """
+        units = _units(neurons)
+        if not units or not _several(prompts):
+            raise TorchstoneError("knowledge neurons: a mean activation needs a unit and a prompt")
+        for layer, unit in units:
+            self._check(layer, unit)
+        found = [self.activations(prompt) for prompt in prompts]
+        return sum(float(each[layer][unit]) for each in found for layer, unit in units) / len(found) / len(units)
+
     # -- attribution
 
     def attribute(self, prompt: Prompt, answer: str | int) -> list[torch.Tensor]:
@@ -236,9 +282,13 @@ class KnowledgeNeurons:
 
     def coarse(self, scores: Sequence[torch.Tensor], threshold: float | None = None) -> dict[Unit, float]:
         """Units with at least `threshold` of the largest score in any layer, and their scores; none where no score is
-        above zero."""
+        above zero.
+
+        Raises:
+            TorchstoneError: a threshold that is not above 0 and at most 1.
+        """
         most = max(float(score.max()) for score in scores)
-        bound = (self.threshold if threshold is None else threshold) * most
+        bound = (self.threshold if threshold is None else _portion("threshold", threshold)) * most
         if most <= 0:
             return {}
         return {
@@ -247,25 +297,31 @@ class KnowledgeNeurons:
             for unit in (score >= bound).nonzero()[:, 0]
         }
 
-    def find(self, prompts: Sequence[Prompt], answer: str | int) -> list[Neuron]:
-        """The knowledge neurons of a fact, by layer and unit.
+    def find(self, prompts: Sequence[Prompt], answer: str | int, by: By = "attribution") -> list[Neuron]:
+        """The knowledge neurons of a fact, by layer and unit; by activation, the baseline of the paper.
 
         Raises:
             TorchstoneError: fewer than three prompts; one without a place for the answer.
         """
-        if len(prompts) < _LEAST:
-            raise TorchstoneError(f"knowledge neurons: {len(prompts)} prompts of a fact; at least {_LEAST} are needed")
-        return refine([self.coarse(self.attribute(prompt, answer)) for prompt in prompts], self.share)
+        return refine(self._kept(prompts, answer, by), self.share)
 
-    def find_all(self, facts: Mapping[str, Fact]) -> dict[str, list[Neuron]]:
+    def find_all(self, facts: Mapping[str, Fact], by: By = "attribution") -> dict[str, list[Neuron]]:
         """The knowledge neurons of a relation's facts, the share of prompts moved until facts have two to five each
         (section 4.1)."""
-        coarse = {}
-        for name, fact in facts.items():
-            if len(fact.prompts) < _LEAST:
-                raise TorchstoneError(f"fact {name!r}: {len(fact.prompts)} prompts; at least {_LEAST} are needed")
-            coarse[name] = [self.coarse(self.attribute(prompt, fact.answer)) for prompt in fact.prompts]
+        coarse = {name: self._kept(fact.prompts, fact.answer, by, f"fact {name!r}") for name, fact in facts.items()}
         return refine_together(coarse, self.share)
+
+    def _kept(
+        self, prompts: Sequence[Prompt], answer: str | int, by: By, name: str = "knowledge neurons"
+    ) -> list[dict[Unit, float]]:
+        """The coarse set of each prompt."""
+        if by not in get_args(By):
+            raise TorchstoneError(f"{name}: by needs {', '.join(get_args(By))}, got {by!r}")
+        if len(_several(prompts, name)) < _LEAST:
+            raise TorchstoneError(f"{name}: {len(prompts)} prompts; at least {_LEAST} are needed")
+        if by == "activation":
+            return [self.coarse(self.activations(prompt), _LOUD) for prompt in prompts]
+        return [self.coarse(self.attribute(prompt, answer)) for prompt in prompts]
 
     # -- interventions
 
@@ -280,7 +336,8 @@ class KnowledgeNeurons:
         try:
             yield
         finally:
-            self._forced.remove(forced)
+            # by identity: contexts may end in any order, and equality of tensors is no truth value
+            self._forced = [other for other in self._forced if other is not forced]
 
     def suppress(self, neurons: Iterable[Neuron | Unit]) -> Any:
         """A context in which these units are 0 at the place of the answer."""
@@ -326,17 +383,43 @@ class KnowledgeNeurons:
     def update(
         self, neurons: Iterable[Neuron | Unit], old: str | int, new: str | int, lam: tuple[float, float] = (1.0, 8.0)
     ) -> Edit:
-        """Rewrite a fact: in each unit's column the direction of the old answer makes way for that of the new one."""
+        """Rewrite a fact: in each unit's column the direction of the old answer makes way for that of the new one.
+
+        Units that many facts of the relation have in common carry the relation rather than the fact: leave them out
+        with `drop_shared` first, as published.
+        """
         rows, (less, more) = self._rows(), lam
         away, to = (torch.nn.functional.normalize(rows[self.token(answer)].float(), dim=0) for answer in (old, new))
         return self._write(neurons, lambda w_D: w_D + (w_D.norm() * (more * to - less * away)).to(w_D.dtype))
 
-    def erase(self, neurons: Iterable[Neuron | Unit], fill: Literal["zero"] | int | str = "zero") -> Edit:
-        """Empty the units' columns: zeros, or the output row of a token ([UNK])."""
+    def erase(self, neurons: Iterable[Neuron | Unit], fill: Literal["zero", "unk"] | int | str = "zero") -> Edit:
+        """Empty the units' columns: zeros, or the output row of a token; "unk" is the token of what the tokenizer does
+        not know.
+
+        Raises:
+            TorchstoneError: the tokenizer has no such token.
+        """
         if fill == "zero":
             return self._write(neurons, torch.zeros_like)
+        if fill == "unk":
+            if self._unknown is None:
+                raise TorchstoneError("knowledge neurons: fill unk needs a tokenizer with a token of the unknown")
+            fill = self._unknown
         row = self._rows()[self.token(fill)]
         return self._write(neurons, lambda w_D: row.to(w_D.dtype))
+
+
+def _portion(name: str, value: float) -> float:
+    if not 0 < value <= 1:  # nan neither
+        empty = "; above 1 no unit would be kept" if value > 1 else ""
+        raise TorchstoneError(f"knowledge neurons: {name} is {value:g}, it must be above 0 and at most 1{empty}")
+    return value
+
+
+def _several(prompts: Sequence[Prompt], name: str = "knowledge neurons") -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        raise TorchstoneError(f"{name}: prompts are a list, this is one text: {prompts!r:.80}")
+    return prompts
 
 
 def _units(neurons: Iterable[Neuron | Unit]) -> list[Unit]:
@@ -362,3 +445,11 @@ def refine_together(coarse: Mapping[str, Sequence[Mapping[Unit, float]]], share:
         share += _STEP if mean > _BOUNDS[1] else -_STEP
         found = {name: refine(sets, share) for name, sets in coarse.items()}
     return found
+
+
+def drop_shared(found: Mapping[_Fact, Sequence[_Found]], most: float = 0.1) -> dict[_Fact, list[_Found]]:
+    """The neurons of a relation's facts without those of more than `most` of the facts, which carry the relation
+    (section 5); what only one fact has stays, however few facts there are."""
+    counts = Counter(unit for own in found.values() for unit in _units(own))
+    bound = max(1, most * len(found))
+    return {fact: [each for each in own if counts[_units([each])[0]] <= bound] for fact, own in found.items()}

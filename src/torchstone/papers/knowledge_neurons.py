@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from torchstone.data.blocks import shuffled
-from torchstone.interpret.knowledge_neurons import Fact, KnowledgeNeurons, Unit
+from torchstone.interpret.knowledge_neurons import Fact, KnowledgeNeurons, Unit, drop_shared
 from torchstone.keys import Key
 from torchstone.model.site import initialise
 from torchstone.model.transformer import Transformer
@@ -210,13 +209,13 @@ def _updates(
 ) -> dict[str, float]:
     """Share of facts whose likeliest answer, in most wordings, is another object of the relation after an edit."""
     won: dict[str, list[float]] = {}
-    for key, units in found.items():
-        r = key[0]
-        shared = Counter(unit for other, some in found.items() if other[0] == r for unit in some)
-        total = sum(other[0] == r for other in found)
-        own = [unit for unit in units if shared[unit] <= max(1, 0.1 * total)]
+    factual: dict[tuple[int, int], list[Unit]] = {}
+    for r in range(_RELATIONS):
+        factual |= drop_shared({key: units for key, units in found.items() if key[0] == r})
+    for key, own in factual.items():
         if not own:
             continue
+        r = key[0]
         old = facts[key].answer
         pool = [_OBJECT + r * _OBJECTS + n for n in range(_OBJECTS)]
         new = int(draw.choice([each for each in pool if each != old]))

@@ -10,7 +10,7 @@ import torch
 
 from torchstone.domains.knowledge_graph.data.triples import Names
 from torchstone.domains.knowledge_graph.model._scorer import Scorer
-from torchstone.errors import TorchstoneError
+from torchstone.errors import TorchstoneError, nearest
 from torchstone.train.environment import choose_device
 from torchstone.train.run import RunFolder
 
@@ -48,15 +48,20 @@ class KnowledgeGraph:
             top: how many; None gives all.
 
         Raises:
-            TorchstoneError: an unknown name, with the nearest; both ends or none; `top` below 1.
+            TorchstoneError: unknown names, all of them, each with the nearest; both ends or none; `top` below 1.
         """
         if (head is None) == (tail is None):
             raise TorchstoneError("knowledge graph: give one end, head or tail; the other is what is asked for")
         if top is not None and top < 1:
             raise TorchstoneError(f"knowledge graph: top is {top}, it must be 1 or more")
+        asked = [(self.entities, head if head is not None else str(tail)), (self.relations, relation)]
+        unknown = [
+            f"no {known.what} {name!r}{nearest(name, known.names)}" for known, name in asked if name not in known
+        ]
+        if unknown:
+            raise TorchstoneError(" and ".join(unknown))
         device = self.model.entity.device
-        given = torch.tensor([self.entities.number(head if head is not None else str(tail))], device=device)
-        of_relation = torch.tensor([self.relations.number(relation)], device=device)
+        given, of_relation = (torch.tensor([known.number(name)], device=device) for known, name in asked)
         scores_E = self.model(given, of_relation, torch.tensor([head is None], device=device))[0, : len(self.entities)]
         order_E = scores_E.argsort(descending=True, stable=True)[:top].tolist()
         return [Answer(self.entities.names[number], float(scores_E[number])) for number in order_E]

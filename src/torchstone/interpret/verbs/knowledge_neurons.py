@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ def main(
         str | None, typer.Option("--erase", help="Empty the neurons of most facts of this relation.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="With --erase: a copy of the run with the edit.")] = None,
+    fill: Annotated[str, typer.Option(help="With --erase: zero, or unk, the row of what is unknown.")] = "zero",
+    by: Annotated[str, typer.Option(help="attribution, or activation, the baseline.")] = "attribution",
+    rule: Annotated[str, typer.Option(help="Where steps are looked at: left, right or midpoint.")] = "midpoint",
     steps: Annotated[int, typer.Option(help="Steps of the integral.")] = 20,
     threshold: Annotated[float, typer.Option(help="Share of a prompt's largest attribution.")] = 0.2,
     share: Annotated[float, typer.Option(help="Share of a fact's prompts, to begin with.")] = 0.7,
@@ -31,6 +34,7 @@ def main(
     from torchstone.interpret.facts import examine, text_of
     from torchstone.train.run import RunFolder
 
+    options: dict[str, Any] = {"fill": fill, "by": by, "rule": rule}  # are looked at where they are used
     report = examine(
         RunFolder(run),
         facts,
@@ -38,6 +42,7 @@ def main(
         limit=limit,
         erase=erase,
         out=out,
+        **options,
         steps=steps,
         threshold=threshold,
         share=share,

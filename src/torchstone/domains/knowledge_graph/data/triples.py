@@ -83,6 +83,9 @@ class Names:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._number
+
     def number(self, name: str, where: str = "") -> int:
         """The number of a name.
 

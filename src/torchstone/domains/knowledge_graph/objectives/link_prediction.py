@@ -12,6 +12,7 @@ Shapes: B rows, N negatives, E entities.
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
@@ -57,6 +58,11 @@ class LinkPrediction(Objective):
             raise TorchstoneError(
                 "objective link_prediction: needs a model that scores triples (transe, rotate, house)"
             )
+        dim, block = model.spec.dim, model.spec.block_size
+        if dim % block:  # published settings have it: 800 numbers in blocks of 13
+            blocks = dim // block
+            text = f"model.block: {dim} numbers are {blocks} blocks of {block}; {blocks * block} are used"
+            warnings.warn(text, stacklevel=1)  # of this line, so that a training says it once
 
     def _weight(self, batch: Batch) -> torch.Tensor:
         return batch["weight"] if self.spec.weighted else torch.ones_like(batch["weight"])
