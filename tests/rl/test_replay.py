@@ -178,6 +178,9 @@ def test_tokens_without_a_record_go_where_the_router_sends_them() -> None:
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     metrics = made(model, missing, Key(0)).metrics
     assert metrics["routes_missing"][0] == metrics["routes_missing"][1] == batch["valid"].sum()
+    partly = batch["routes"].clone()
+    partly[0, :2, 1] = -1  # in the second layer alone
+    assert made(model, {**batch, "routes": partly}, Key(0)).metrics["routes_missing"][0] == 2
 
 
 def test_the_reference_goes_its_own_ways_and_rounds_replay_too() -> None:
@@ -217,3 +220,43 @@ def test_bad_records_are_refused_before_the_forward() -> None:
     short = [found[1].__class__(**{**vars(found[0]), "routes": found[0].routes[1:]})]
     with pytest.raises(TorchstoneError, match=r"routes: of answer 0 are"):
         batch_of(short, 1)
+
+
+def uneven() -> Any:
+    """Layers that take two, one and three experts."""
+    ffn = {"kind": "moe", "experts": 6, "active": 2, "hidden": 16}
+    layers = [{"at": [1], "ffn": {**ffn, "active": 1}}, {"at": [2], "ffn": {**ffn, "active": 3}}]
+    return transformer(0, depth=3, ffn=ffn, layers=layers).double()
+
+
+@pytest.mark.parametrize("replay", ["trainer", "rollout"])
+def test_layers_may_take_different_numbers_of_experts(replay: str) -> None:
+    model, made = uneven(), objective(replay=replay)
+    batch = collected(made, model)
+    assert batch["routes"].shape[2:] == (3, 3)
+    filled = (batch["routes"][batch["valid"]] < 0).sum(-1)
+    assert (filled == torch.tensor([1, 2, 0])).all()
+    plain = {name: value for name, value in batch.items() if name != "routes"}
+    found, wanted = gradient(made, model, batch), gradient(made, model, plain)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    metrics = made(model, batch, Key(0)).metrics
+    assert metrics["routes_changed"][0] == 0 and metrics["routes_missing"][0] == 0 and metrics["sampler_gap"][0] < 1e-9
+    # other records are used, in the layer that takes fewer experts too
+    changed = batch["routes"].clone()
+    changed[:, :, 1, 0] = torch.where(batch["valid"], (changed[:, :, 1].amax(-1) + 1) % 6, -1)
+    assert made(model, {**batch, "routes": changed}, Key(0)).metrics["routes_changed"][0] >= batch["valid"].sum()
+    changed[0, 0, 1, 1] = (changed[0, 0, 1, 0] + 1) % 6
+    with pytest.raises(
+        TorchstoneError, match=r"decoder.layers.1.ffn.router takes 1 experts a token, more are recorded"
+    ):
+        Replay(model, changed, batch["valid"])
+    with pytest.raises(TorchstoneError, match=r"decoder.layers.2.ffn.router takes 3 experts a token, 2 are recorded"):
+        Replay(model, batch["routes"][..., 1:], batch["valid"])
+
+
+def test_the_engine_fills_rows_of_layers_that_take_fewer_experts() -> None:
+    (done,) = Engine(uneven().eval(), compile="off", eos=0).generate(
+        [[0, 3, 4]], Sampling(max_new_tokens=4), routes=True
+    )
+    assert done.routes is not None and done.routes.dtype == np.int16
+    assert ((done.routes < 0).sum(-1) == [1, 2, 0]).all() and (done.routes[:, 1, 1:] == -1).all()

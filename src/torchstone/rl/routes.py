@@ -27,7 +27,8 @@ class Replay:
 
     Args:
         model: a decoder with routed layers.
-        routes_RTLK: experts of each token and layer, in any order; rows of -1 where there is no record.
+        routes_RTLK: experts of each token and layer, in any order; rows of -1 where there is no record. K is that of
+            the layer that takes most experts, -1 fills the rows of one that takes fewer.
         valid_RT: which tokens count.
 
     Raises:
@@ -44,18 +45,27 @@ class Replay:
             raise TorchstoneError(
                 f"routes: rows, tokens and routed layers are {tuple(routes_RTLK.shape[:3])}, the model's are {wanted}"
             )
+        widest = max(routers, key=lambda path: routers[path].K)
+        if routes_RTLK.shape[-1] != routers[widest].K:
+            recorded = routes_RTLK.shape[-1]
+            raise TorchstoneError(
+                f"routes: {widest} takes {routers[widest].K} experts a token, {recorded} are recorded"
+            )
         self.routes_RTLK, self.valid_RT = routes_RTLK.long().sort(-1).values, valid_RT
         for number, (path, router) in enumerate(routers.items()):
             self._check(self.routes_RTLK[:, :, number], path, router.E, router.K)
         self.changed = {path: torch.zeros((), device=valid_RT.device) for path in routers}
         """Tokens of each layer whose live choice was another."""
-        replace = {f"{path}.experts": self._replace(number, path) for number, path in enumerate(routers)}
+        replace = {
+            f"{path}.experts": self._replace(number, path, routers[path].K) for number, path in enumerate(routers)
+        }
         self.taps = Taps(replace=replace)
 
     @staticmethod
     def _check(routes_RTK: torch.Tensor, path: str, experts: int, active: int) -> None:
-        if routes_RTK.shape[-1] != active:
-            raise TorchstoneError(f"routes: {path} takes {active} experts a token, {routes_RTK.shape[-1]} are recorded")
+        if (routes_RTK[..., :-active] >= 0).any():  # what fills a row is in front, in the order of numbers
+            raise TorchstoneError(f"routes: {path} takes {active} experts a token, more are recorded")
+        routes_RTK = routes_RTK[..., -active:]
         missing_RT = (routes_RTK < 0).all(-1)
         there_NK = routes_RTK[~missing_RT]
         if (there_NK < 0).any() or (there_NK >= experts).any():
@@ -63,9 +73,9 @@ class Replay:
         if (there_NK[:, 1:] == there_NK[:, :-1]).any():
             raise TorchstoneError(f"routes: an expert of {path} is recorded twice for one token")
 
-    def _replace(self, number: int, path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _replace(self, number: int, path: str, active: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def replace(live_RTK: torch.Tensor) -> torch.Tensor:
-            given_RTK = self.routes_RTLK[:, :, number]
+            given_RTK = self.routes_RTLK[:, :, number, -active:]
             other_RT = (live_RTK.sort(-1).values != given_RTK).any(-1) & (given_RTK[..., 0] >= 0)
             self.changed[path] = (other_RT & self.valid_RT).sum()  # the same when it is made again in the backward pass
             return torch.where(other_RT[..., None], given_RTK, live_RTK)
@@ -73,7 +83,7 @@ class Replay:
         return replace
 
     def metrics(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """After the forward: share of choices that were changed, and of tokens without a record."""
-        tokens, missing_RT = self.valid_RT.sum(), (self.routes_RTLK[:, :, 0, 0] < 0) & self.valid_RT
+        """After the forward: share of choices that were changed, and of tokens that lack a record in some layer."""
+        tokens, missing_RT = self.valid_RT.sum(), (self.routes_RTLK < 0).all(-1).any(-1) & self.valid_RT
         changed = torch.stack([*self.changed.values()]).sum()
         return {"routes_changed": (changed, tokens * len(self.changed)), "routes_missing": (missing_RT.sum(), tokens)}

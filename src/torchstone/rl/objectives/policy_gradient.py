@@ -39,7 +39,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.context import Aux
-from torchstone.model.routed import routed_layers
+from torchstone.model.routed import routed_layers, routes_of
 from torchstone.model.taps import Taps
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.objectives._frozen import WithReference, reference_of
@@ -348,5 +348,4 @@ class PolicyGradient(WithReference):
         """Choices of the trained model itself, (R, T, L, K), -1 for padding."""
         taps = Taps(record=["decoder.layers.*.router.experts"])
         model(tokens_of(batch), outputs="none", taps=taps)
-        chosen_RTLK = torch.stack([taps.seen[f"{path}.experts"] for path in routed_layers(model)], 2)
-        return torch.where(batch["valid"][..., None, None], chosen_RTLK, -1).to(torch.int16)
+        return torch.where(batch["valid"][..., None, None], routes_of(model, taps.seen), -1).to(torch.int16)
