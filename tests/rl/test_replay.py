@@ -260,3 +260,32 @@ def test_the_engine_fills_rows_of_layers_that_take_fewer_experts() -> None:
     )
     assert done.routes is not None and done.routes.dtype == np.int16
     assert ((done.routes < 0).sum(-1) == [1, 2, 0]).all() and (done.routes[:, 1, 1:] == -1).all()
+
+
+@pytest.mark.parametrize("router", [{"kind": "gshard", "second": "always"}, {"kind": "topk"}], ids=lambda r: r["kind"])
+def test_replayed_experts_stand_in_the_order_of_live_scores(router: dict[str, Any]) -> None:
+    """So that the first is the first choice, which gshard's balance loss is about."""
+    model = experts(router={**router, "balance": 1.0})
+    batch = other(collected(objective(), model))
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for each in routed_layers(model).values():
+
+        def losses(scores: Any, routing: Any, valid: Any, ctx: Any, own: Any = each.losses) -> Any:
+            made = own(scores, routing, valid, ctx)
+            found.append((scores[valid], routing.experts[valid], made["balance_loss"]))
+            return made
+
+        each.losses = losses  # type: ignore[method-assign]
+    gradient(objective(), model, batch)
+    assert len(found) == 2
+    for number, (scores, chosen, loss) in enumerate(found):
+        given = scores.gather(-1, chosen)
+        assert (given[:, 0] > given[:, 1]).all() and (chosen[:, 0] > chosen[:, 1]).any()
+        recorded = batch["routes"][batch["valid"]][:, number].long()
+        assert torch.equal(chosen.sort(-1).values, recorded.sort(-1).values)
+        if router["kind"] == "gshard":
+            first = [
+                max(row, key=lambda e, s=s: s[e]) for row, s in zip(recorded.tolist(), scores.tolist(), strict=True)
+            ]
+            share = torch.bincount(torch.tensor(first), minlength=6)
+            torch.testing.assert_close(loss, 6 * (share * scores.sum(0)).sum() / len(scores))

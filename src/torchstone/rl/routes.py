@@ -2,7 +2,8 @@
 are those that they are sent to when it is trained on.
 
 Which experts count is replayed, never how much: gates are made of the live scores of the recorded experts, so that the
-router learns, and scores of others get no gradient. Where the live choice is the recorded one, nothing changes, to the
+router learns, and scores of others get no gradient. They stand in the order of these scores, best first, as live ones
+do: gshard's balance loss is about first choices. Where the live choice is the recorded one, nothing changes, to the
 bit. A token without a record (-1) goes where the router sends it.
 
 Shapes: R rows, T tokens, L routed layers, K experts of a token.
@@ -56,7 +57,9 @@ class Replay:
             self._check(self.routes_RTLK[:, :, number], path, router.E, router.K)
         self.changed = {path: torch.zeros((), device=valid_RT.device) for path in routers}
         """Tokens of each layer whose live choice was another."""
-        replace = {
+        self._scores: dict[str, torch.Tensor] = {}
+        replace = {f"{path}.scores": self._look(path) for path in routers}
+        replace |= {
             f"{path}.experts": self._replace(number, path, routers[path].K) for number, path in enumerate(routers)
         }
         self.taps = Taps(replace=replace)
@@ -73,12 +76,21 @@ class Replay:
         if (there_NK[:, 1:] == there_NK[:, :-1]).any():
             raise TorchstoneError(f"routes: an expert of {path} is recorded twice for one token")
 
+    def _look(self, path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def look(scores_RTE: torch.Tensor) -> torch.Tensor:
+            self._scores[path] = scores_RTE.detach()
+            return scores_RTE
+
+        return look
+
     def _replace(self, number: int, path: str, active: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def replace(live_RTK: torch.Tensor) -> torch.Tensor:
             given_RTK = self.routes_RTLK[:, :, number, -active:]
             other_RT = (live_RTK.sort(-1).values != given_RTK).any(-1) & (given_RTK[..., 0] >= 0)
             self.changed[path] = (other_RT & self.valid_RT).sum()  # the same when it is made again in the backward pass
-            return torch.where(other_RT[..., None], given_RTK, live_RTK)
+            given_RTK = given_RTK.clamp(min=0)
+            order_RTK = self._scores.pop(path).gather(-1, given_RTK).argsort(dim=-1, descending=True, stable=True)
+            return torch.where(other_RT[..., None], given_RTK.gather(-1, order_RTK), live_RTK)
 
         return replace
 
