@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,10 @@ def test_installed_sets_are_used_in_every_layer_with_micro_batches_and_recomputa
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-9, atol=1e-12)
     metrics = made(model, batch, Key(0)).metrics
-    assert metrics["routes_changed"][0] > 0 and metrics["routes_changed"][1] == 2 * batch["valid"].sum()
+    changed, tokens = metrics["routes_changed"][0], batch["valid"].sum()
+    assert changed > 0 and metrics["routes_changed"][1] == 2 * tokens
+    assert changed / 2 <= metrics["tokens_rerouted"][0] <= min(changed, tokens)
+    assert metrics["tokens_rerouted"][1] == tokens
 
 
 def test_gates_are_live_and_only_recorded_experts_get_a_gradient() -> None:
@@ -181,6 +185,31 @@ def test_tokens_without_a_record_go_where_the_router_sends_them() -> None:
     partly = batch["routes"].clone()
     partly[0, :2, 1] = -1  # in the second layer alone
     assert made(model, {**batch, "routes": partly}, Key(0)).metrics["routes_missing"][0] == 2
+
+
+def test_answers_without_routes_are_reported_and_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = experts(), objective()
+    with torch.no_grad():
+        full = made._answers(model, PROMPTS, 3, Key(1), True)
+    assert full[0].routes is not None
+    holed = full[0].routes.astype(np.int16)
+    holed[1, 1] = -1  # of one token, in the second layer alone
+    for found, missing in (
+        ([replace(full[0], routes=holed), *full[1:]], 1),
+        ([replace(f, routes=None) for f in full], 0),
+    ):
+        made = objective()
+        monkeypatch.setattr(made, "_answers", lambda *arguments, found=found: found)
+        batch, _ = collected(made, model), collected(made, model)
+        assert capsys.readouterr().err.count("answers lack routes") == 1
+        metrics = made(model, batch, Key(0)).metrics
+        assert metrics["routes_missing"] == (missing or batch["valid"].sum(), batch["valid"].sum())
+    monkeypatch.undo()
+    collected(made, model)
+    assert not capsys.readouterr().err
+    assert "routes" not in objective(replay="none").batch(model, full, [0] * 6)
 
 
 def test_the_reference_goes_its_own_ways_and_rounds_replay_too() -> None:

@@ -55,8 +55,8 @@ class Replay:
         self.routes_RTLK, self.valid_RT = routes_RTLK.long().sort(-1).values, valid_RT
         for number, (path, router) in enumerate(routers.items()):
             self._check(self.routes_RTLK[:, :, number], path, router.E, router.K)
-        self.changed = {path: torch.zeros((), device=valid_RT.device) for path in routers}
-        """Tokens of each layer whose live choice was another."""
+        self.changed = {path: torch.zeros_like(valid_RT) for path in routers}
+        """Of each layer, tokens (R, T) whose live choice was another."""
         self._scores: dict[str, torch.Tensor] = {}
         replace = {f"{path}.scores": self._look(path) for path in routers}
         replace |= {
@@ -87,7 +87,7 @@ class Replay:
         def replace(live_RTK: torch.Tensor) -> torch.Tensor:
             given_RTK = self.routes_RTLK[:, :, number, -active:]
             other_RT = (live_RTK.sort(-1).values != given_RTK).any(-1) & (given_RTK[..., 0] >= 0)
-            self.changed[path] = (other_RT & self.valid_RT).sum()  # the same when it is made again in the backward pass
+            self.changed[path] = other_RT & self.valid_RT  # the same when it is made again in the backward pass
             given_RTK = given_RTK.clamp(min=0)
             order_RTK = self._scores.pop(path).gather(-1, given_RTK).argsort(dim=-1, descending=True, stable=True)
             return torch.where(other_RT[..., None], given_RTK.gather(-1, order_RTK), live_RTK)
@@ -95,7 +95,12 @@ class Replay:
         return replace
 
     def metrics(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """After the forward: share of choices that were changed, and of tokens that lack a record in some layer."""
+        """After the forward: share of choices that were changed, of tokens with one that was, and of tokens that lack a
+        record in some layer."""
         tokens, missing_RT = self.valid_RT.sum(), (self.routes_RTLK < 0).all(-1).any(-1) & self.valid_RT
-        changed = torch.stack([*self.changed.values()]).sum()
-        return {"routes_changed": (changed, tokens * len(self.changed)), "routes_missing": (missing_RT.sum(), tokens)}
+        changed_LRT = torch.stack([*self.changed.values()])
+        return {
+            "routes_changed": (changed_LRT.sum(), tokens * len(changed_LRT)),
+            "tokens_rerouted": (changed_LRT.any(0).sum(), tokens),
+            "routes_missing": (missing_RT.sum(), tokens),
+        }
