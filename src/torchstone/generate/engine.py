@@ -368,6 +368,16 @@ class Engine:
         sampling = sampling or Sampling()
         return self._run(self._rows(prompts, sampling, memory, requests, prefix), sampling, noise, guides, prefix)
 
+    def check(
+        self, prompts: Prompts | None, sampling: Sampling | None = None, *, memory: Prompts | None = None
+    ) -> None:
+        """Refuse what `generate` would refuse of these: before a visit is counted that gets no answer.
+
+        Raises:
+            TorchstoneError: as `generate`.
+        """
+        self._rows(prompts, sampling or Sampling(), memory, None, None)
+
     # -- input
 
     @staticmethod
