@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchstone.compare.match import Match
     from torchstone.evaluate import Result, Sources
     from torchstone.generate import Completion
-    from torchstone.generate.noise import NoiseSpec
+    from torchstone.generate.noise import NoiseSource, NoiseSpec
     from torchstone.papers._claim import Scale
 
 __all__ = ["Run", "build", "compare", "import_run", "inspect", "load", "reproduce", "train"]
@@ -46,7 +46,7 @@ class Run(RunFolder):
         cache_bits: int | None = None,
         attention: str = "full",
         draft: Literal["mtp"] | None = None,
-        noise: str | Mapping[str, Any] | NoiseSpec | None = None,
+        noise: str | Mapping[str, Any] | NoiseSpec | NoiseSource | None = None,
         user: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
@@ -60,14 +60,16 @@ class Run(RunFolder):
             cache_bits: bits a number that the growing caches are held in, 4 to 8; lossy. None: those of `precision`.
             attention: what a token sees of those before it: "full", "window:128", "blocks:64".
             draft: "mtp" drafts tokens with the predictors of stack multi_token: the same text in fewer forwards.
-            noise: where randomness comes from, as "lads" or {"kind": "lads", "key_file": ...}; None goes by `seed`.
+            noise: where randomness comes from, as "lads" or {"kind": "lads", "key_file": ...}, or a source, as
+                `torchstone.generate.noise.lads.LadsNoise`; None goes by `seed`.
             user: who asks, for noise that goes by user.
             sampling: fields of `torchstone.generate.Sampling` (max_new_tokens, temperature, top_p, seed, ...), laid
                 over what the run's generation_config.json sets.
 
         Raises:
             TorchstoneError: an unknown field, a prompt longer than the model's limit, no weights yet, a suffix for a
-                run that has not learnt to fill in; noise that lacks a key, a file or the user.
+                run that has not learnt to fill in; noise that lacks a key, a file or the user; a user and no noise
+                that goes by user.
         """
         from torchstone.generate import Engine, Sampling
         from torchstone.generate.infilling import infilling_prompts
@@ -88,8 +90,10 @@ class Run(RunFolder):
         if suffix is not None:
             suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
             asked = infilling_prompts(self, engine.tokenizer, texts, suffixes, options.max_new_tokens)
+        if noise is not None:
+            engine.check(asked, options)
         # last, because it counts the visit
-        source, names = (None, None) if noise is None else noise_for(noise, texts, user, options.greedy)
+        source, names = noise_for(noise, texts, user, options.greedy)
         return engine.generate(asked, options, requests=names, noise=source)
 
     def evaluate(

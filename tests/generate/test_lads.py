@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import multiprocessing
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,6 +150,12 @@ def test_it_is_asked_for_on_the_command_line(tmp_path: Path, cli: Callable[..., 
     assert said[0].out == said[1].out != said[2].out
     refused = cli(*ask, "--noise", asked)
     assert refused.status == 2 and "noise lads: needs the name of the user" in refused.err
+    assert "counted in this call alone" not in said[0].err
+    passing = cli(*ask, "--noise", f"{{kind: lads, key_file: {tmp_path / 'key'}}}", "--user", "ann")
+    assert passing.status == 0 and passing.err.count("noise lads: visits are counted in this call alone") == 1
+    for noise in ((), ("--noise", "seeded")):
+        refused = cli(*ask, *noise, "--user", "ann")
+        assert refused.status == 2 and "user: 'ann' is for noise that goes by user" in refused.err
     assert cli(*ask, "--noise", "seeded").out == cli(*ask).out
     unknown = cli(*ask, "--noise", "ladz")
     assert unknown.status == 2 and "no noise kind 'ladz'; did you mean 'lads'" in unknown.err.replace(" (did", "; did")
@@ -157,7 +164,7 @@ def test_it_is_asked_for_on_the_command_line(tmp_path: Path, cli: Callable[..., 
 
 
 def test_it_is_asked_for_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = torchstone.load(tiny.saved(tmp_path / "run", tiny.recipe(tmp_path)).path)
+    run = torchstone.load(tiny.saved(tmp_path / "run", tiny.recipe(tmp_path, model={"position": "learned"})).path)
     (tmp_path / "key").write_text(KEY.hex())
     noise = {"kind": "lads", "key_file": str(tmp_path / "key"), "counters": str(tmp_path / "visits.sqlite")}
 
@@ -171,9 +178,84 @@ def test_it_is_asked_for_in_python(tmp_path: Path, capsys: pytest.CaptureFixture
         run.generate("abc", noise="ladz")
     with pytest.raises(TorchstoneError):  # a run that has not learnt to fill in, and no visit that counts
         said("cleo", suffix="xyz")
-    assert Counters(str(tmp_path / "visits.sqlite")).next("cleo", str(Hyperplanes(LadsSpec().bits)("abc"))) == 0
+    for prompt, why in (("abc" * 100, "too long"), ("abc\ud800", "half of a surrogate pair")):
+        with pytest.raises(TorchstoneError, match=why):
+            run.generate(prompt, noise=noise, user="cleo", max_new_tokens=2)
+        assert Counters(str(tmp_path / "visits.sqlite")).next("cleo", str(Hyperplanes(LadsSpec().bits)(prompt))) == 0
+    for without in (None, "seeded"):
+        with pytest.raises(TorchstoneError, match="user: 'ann' is for noise that goes by user"):
+            run.generate("abc", noise=without, user="ann", max_new_tokens=2)
     assert said("ann", temperature=0.0) == said(None, temperature=0.0)
     assert "noise lads: no effect at temperature 0" in capsys.readouterr().err
+
+
+def test_visits_are_counted_as_long_as_the_process_lives(tmp_path: Path) -> None:
+    run = torchstone.load(tiny.saved(tmp_path / "run", tiny.recipe(tmp_path)).path)
+    (tmp_path / "key").write_text(KEY[::-1].hex())
+    noise = {"kind": "lads", "key_file": str(tmp_path / "key")}
+
+    def said(user: str, noise: Any = noise, prompt: str = "abc") -> str:
+        return run.generate(prompt, noise=noise, user=user, max_new_tokens=8, temperature=1.0)[0].text
+
+    texts = [said("ann") for _ in range(3)]
+    assert len(set(texts)) == 3 and [said("bob") for _ in range(3)] == texts
+    # a source of one's own counts for itself, and the same
+    own = LadsNoise(KEY[::-1], Hyperplanes(LadsSpec().bits))
+    assert [said("ann", own) for _ in range(3)] == texts
+    counters = [validate(LadsSpec, {**noise, "bits": bits}).build().counters for bits in (14, 14, 3)]
+    assert counters[0] is counters[1] is counters[2]  # buckets of other hyperplanes have the same names
+
+
+def test_what_cannot_be_counted_is_one_sentence(tmp_path: Path) -> None:
+    other, locked, fixed = (str(tmp_path / name) for name in ("other", "locked", "fixed"))
+    with sqlite3.connect(other) as db:
+        db.execute("CREATE TABLE visits (user TEXT, page TEXT)")
+    with pytest.raises(TorchstoneError, match=r"cannot count in '.*other': its table visits is of something else"):
+        Counters(other)
+    counters, holder = Counters(locked), sqlite3.connect(locked, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    counters._db.execute("PRAGMA busy_timeout = 10")
+    with pytest.raises(TorchstoneError, match=r"cannot count in '.*locked': database is locked"):
+        counters.next("u", "b")
+    holder.execute("ROLLBACK")
+    assert counters.next("u", "b") == 0
+    counters = Counters(fixed)
+    counters._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(TorchstoneError, match=r"cannot count in '.*fixed': attempt to write a readonly database"):
+        counters.next("u", "b")
+    counters._db.execute("PRAGMA query_only = OFF")
+    assert counters.next("u", "b") == 0  # nothing is left open
+    for path in (str(tmp_path), str(tmp_path / "no" / "file")):
+        with pytest.raises(TorchstoneError, match="cannot count in"):
+            Counters(path)
+    (tmp_path / "key").write_text(KEY.hex())
+    with pytest.raises(TorchstoneError, match="counters '' name no file"):
+        validate(LadsSpec, {"key_file": str(tmp_path / "key"), "counters": ""}).build()
+
+
+def test_wrong_names_buckets_and_embeddings_are_one_sentence_and_count_nothing() -> None:
+    named, wrong = ["how so", "how not"], [np.full(3, np.nan), np.ones((1, 3))]
+    buckets: list[tuple[Any, str]] = [
+        (lambda prompt: None if prompt == named[1] else prompt, "a bucket is a text or a whole number, not None"),
+        (lambda prompt: prompt + "\ud800", "the bucket .* holds half of a surrogate pair"),
+        *((lambda prompt, x=x: Hyperplanes(embed=lambda _: x)(prompt), "a vector of finite numbers") for x in wrong),
+        (Nearest(("a",), embed=lambda _: wrong[0]), "a vector of finite numbers"),
+    ]
+    for bucket, why in buckets:
+        with pytest.raises(TorchstoneError, match=why):
+            (refusing := LadsNoise(KEY, bucket)).visit(["u", "u"], named)
+        assert refusing.counters.next("u", named[0]) == 0
+    for user in ("\ud800", None, 5):
+        with pytest.raises(
+            TorchstoneError, match="surrogate" if isinstance(user, str) else "needs the name of the user"
+        ):
+            source().visit(["u", user], named)  # type: ignore[list-item]
+    assert LadsNoise(KEY, lambda _: np.int64(7)).visit(["u"], ["x"]) == [seed_of(KEY, 7, 0).hex()]
+    for bits in (-3, 0, 70, 2.5):
+        with pytest.raises(TorchstoneError, match=f"bits are from 1 to 62, not {bits}"):
+            Hyperplanes(bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(TorchstoneError, match="the nearest of no prompts"):
+        Nearest(())
 
 
 @pytest.mark.parametrize(
@@ -197,5 +279,7 @@ def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         made.gumbel([0], 0, 5)
     with pytest.raises(TorchstoneError, match="the key has 3 bytes"):
         LadsNoise(b"abc", str)
+    with pytest.raises(TorchstoneError, match="the key is bytes, not str"):
+        LadsNoise("a" * 64, str)  # type: ignore[arg-type]
     with pytest.raises(TorchstoneError, match="1 users for 2 prompts"):
         source().visit(["u"], ["a", "b"])

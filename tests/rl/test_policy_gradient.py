@@ -238,6 +238,7 @@ def test_foreign_log_probabilities_are_corrected() -> None:
         loss, seen = token_losses(objective(correction=how, cap=3.0).spec, of)
         torch.testing.assert_close(-loss, torch.tensor(wanted, dtype=old.dtype))
         assert (seen["sampler_kl"] >= 0).all() and seen["sampler_gap"][1] == pytest.approx(np.log(4))
+        assert seen["sampler_far"].tolist() == [False, True, True]
 
 
 @pytest.mark.slow

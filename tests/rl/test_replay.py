@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,10 @@ def test_installed_sets_are_used_in_every_layer_with_micro_batches_and_recomputa
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-9, atol=1e-12)
     metrics = made(model, batch, Key(0)).metrics
-    assert metrics["routes_changed"][0] > 0 and metrics["routes_changed"][1] == 2 * batch["valid"].sum()
+    changed, tokens = metrics["routes_changed"][0], batch["valid"].sum()
+    assert changed > 0 and metrics["routes_changed"][1] == 2 * tokens
+    assert changed / 2 <= metrics["tokens_rerouted"][0] <= min(changed, tokens)
+    assert metrics["tokens_rerouted"][1] == tokens
 
 
 def test_gates_are_live_and_only_recorded_experts_get_a_gradient() -> None:
@@ -178,6 +182,34 @@ def test_tokens_without_a_record_go_where_the_router_sends_them() -> None:
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     metrics = made(model, missing, Key(0)).metrics
     assert metrics["routes_missing"][0] == metrics["routes_missing"][1] == batch["valid"].sum()
+    partly = batch["routes"].clone()
+    partly[0, :2, 1] = -1  # in the second layer alone
+    assert made(model, {**batch, "routes": partly}, Key(0)).metrics["routes_missing"][0] == 2
+
+
+def test_answers_without_routes_are_reported_and_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = experts(), objective()
+    with torch.no_grad():
+        full = made._answers(model, PROMPTS, 3, Key(1), True)
+    assert full[0].routes is not None
+    holed = full[0].routes.astype(np.int16)
+    holed[1, 1] = -1  # of one token, in the second layer alone
+    for found, missing in (
+        ([replace(full[0], routes=holed), *full[1:]], 1),
+        ([replace(f, routes=None) for f in full], 0),
+    ):
+        made = objective()
+        monkeypatch.setattr(made, "_answers", lambda *arguments, found=found: found)
+        batch, _ = collected(made, model), collected(made, model)
+        assert capsys.readouterr().err.count("answers lack routes") == 1
+        metrics = made(model, batch, Key(0)).metrics
+        assert metrics["routes_missing"] == (missing or batch["valid"].sum(), batch["valid"].sum())
+    monkeypatch.undo()
+    collected(made, model)
+    assert not capsys.readouterr().err
+    assert "routes" not in objective(replay="none").batch(model, full, [0] * 6)
 
 
 def test_the_reference_goes_its_own_ways_and_rounds_replay_too() -> None:
@@ -217,3 +249,72 @@ def test_bad_records_are_refused_before_the_forward() -> None:
     short = [found[1].__class__(**{**vars(found[0]), "routes": found[0].routes[1:]})]
     with pytest.raises(TorchstoneError, match=r"routes: of answer 0 are"):
         batch_of(short, 1)
+
+
+def uneven() -> Any:
+    """Layers that take two, one and three experts."""
+    ffn = {"kind": "moe", "experts": 6, "active": 2, "hidden": 16}
+    layers = [{"at": [1], "ffn": {**ffn, "active": 1}}, {"at": [2], "ffn": {**ffn, "active": 3}}]
+    return transformer(0, depth=3, ffn=ffn, layers=layers).double()
+
+
+@pytest.mark.parametrize("replay", ["trainer", "rollout"])
+def test_layers_may_take_different_numbers_of_experts(replay: str) -> None:
+    model, made = uneven(), objective(replay=replay)
+    batch = collected(made, model)
+    assert batch["routes"].shape[2:] == (3, 3)
+    filled = (batch["routes"][batch["valid"]] < 0).sum(-1)
+    assert (filled == torch.tensor([1, 2, 0])).all()
+    plain = {name: value for name, value in batch.items() if name != "routes"}
+    found, wanted = gradient(made, model, batch), gradient(made, model, plain)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    metrics = made(model, batch, Key(0)).metrics
+    assert metrics["routes_changed"][0] == 0 and metrics["routes_missing"][0] == 0 and metrics["sampler_gap"][0] < 1e-9
+    # other records are used, in the layer that takes fewer experts too
+    changed = batch["routes"].clone()
+    changed[:, :, 1, 0] = torch.where(batch["valid"], (changed[:, :, 1].amax(-1) + 1) % 6, -1)
+    assert made(model, {**batch, "routes": changed}, Key(0)).metrics["routes_changed"][0] >= batch["valid"].sum()
+    changed[0, 0, 1, 1] = (changed[0, 0, 1, 0] + 1) % 6
+    with pytest.raises(
+        TorchstoneError, match=r"decoder.layers.1.ffn.router takes 1 experts a token, more are recorded"
+    ):
+        Replay(model, changed, batch["valid"])
+    with pytest.raises(TorchstoneError, match=r"decoder.layers.2.ffn.router takes 3 experts a token, 2 are recorded"):
+        Replay(model, batch["routes"][..., 1:], batch["valid"])
+
+
+def test_the_engine_fills_rows_of_layers_that_take_fewer_experts() -> None:
+    (done,) = Engine(uneven().eval(), compile="off", eos=0).generate(
+        [[0, 3, 4]], Sampling(max_new_tokens=4), routes=True
+    )
+    assert done.routes is not None and done.routes.dtype == np.int16
+    assert ((done.routes < 0).sum(-1) == [1, 2, 0]).all() and (done.routes[:, 1, 1:] == -1).all()
+
+
+@pytest.mark.parametrize("router", [{"kind": "gshard", "second": "always"}, {"kind": "topk"}], ids=lambda r: r["kind"])
+def test_replayed_experts_stand_in_the_order_of_live_scores(router: dict[str, Any]) -> None:
+    """So that the first is the first choice, which gshard's balance loss is about."""
+    model = experts(router={**router, "balance": 1.0})
+    batch = other(collected(objective(), model))
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for each in routed_layers(model).values():
+
+        def losses(scores: Any, routing: Any, valid: Any, ctx: Any, own: Any = each.losses) -> Any:
+            made = own(scores, routing, valid, ctx)
+            found.append((scores[valid], routing.experts[valid], made["balance_loss"]))
+            return made
+
+        each.losses = losses  # type: ignore[method-assign]
+    gradient(objective(), model, batch)
+    assert len(found) == 2
+    for number, (scores, chosen, loss) in enumerate(found):
+        given = scores.gather(-1, chosen)
+        assert (given[:, 0] > given[:, 1]).all() and (chosen[:, 0] > chosen[:, 1]).any()
+        recorded = batch["routes"][batch["valid"]][:, number].long()
+        assert torch.equal(chosen.sort(-1).values, recorded.sort(-1).values)
+        if router["kind"] == "gshard":
+            first = [
+                max(row, key=lambda e, s=s: s[e]) for row, s in zip(recorded.tolist(), scores.tolist(), strict=True)
+            ]
+            share = torch.bincount(torch.tensor(first), minlength=6)
+            torch.testing.assert_close(loss, 6 * (share * scores.sum(0)).sum() / len(scores))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
+from torchstone.errors import TorchstoneError
 from torchstone.rl import dumps
 from torchstone.rl.trajectory import Trajectory, dump, read
 from torchstone.spec import resolve, validate
@@ -80,6 +81,36 @@ def test_a_consensus_is_the_most_frequent_answer(tmp_path: Path) -> None:
     answers = [*of(0, "=3", "=7", "=7"), *of(1, "=3", "=7", "=3"), *of(2, "=7", "=3", "no"), *of(3, "no", "no", "no")]
     said = dumps._summary(answers, 3, rule)
     assert (said["pass@1"], said["pass@3"], said["cons@3"]) == (4 / 12, 0.75, 0.5)
+
+
+def test_routes_are_kept_with_answers_and_bad_ones_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
+    settings = {"steps": 1, "batch": 2, "device": "cpu", "threads": 1, "compile": "off"}
+    made = tiny.prompted(tmp_path, objective={"replay": "rollout"}, trainer=settings)
+    made["model"] = {**made["model"], "ffn": {"kind": "moe", "experts": 4, "active": 2, "hidden": 16}}
+    run, dumped, bad = train(made, out=tmp_path / "run", quiet=True).path, tmp_path / "dump", tmp_path / "bad"
+    done = cli("rl", "sample", run, tmp_path / "sums.jsonl", "--n", 2, "--limit", 2, "--out", dumped, "--json")
+    assert done.status == 0, done.err
+    found, _ = read(dumped)
+    assert all(each.routes is not None and len(each.routes) == len(each.prompt + each.ids) - 1 for each in found)
+    again = json.loads(cli("rl", "replay", dumped, run, "--json").out)
+    assert again["routes_changed"] == again["tokens_rerouted"] == again["routes_missing"] == again["sampler_far"] == 0
+
+    lines = [json.loads(line) for line in dumped.read_text().splitlines()]
+    bad.write_text("".join(json.dumps({**line, "routes": None}) + "\n" for line in lines))
+    assert json.loads(cli("rl", "replay", bad, run, "--json").out)["routes_missing"] == 1
+    routes = lines[1]["routes"]
+    wrongs: list[Any] = [[], routes[1:], 3, [routes]]
+    for wrong in (65537, -2, 0.5, "a", None, [0], 2**70):
+        wrongs.append([[[wrong, *routes[0][0][1:]], *routes[0][1:]], *routes[1:]])
+    for each in wrongs:
+        bad.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], {**lines[1], "routes": each})))
+        with pytest.raises(TorchstoneError, match="line 2: routes are whole numbers from -1 to 32,767, of"):
+            read(bad)
+    done = cli("rl", "replay", bad, run)
+    assert done.status == 2 and "line 2: routes are whole numbers" in done.err.replace("\n", " ")
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(run: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -179,7 +179,7 @@ def test_cut_and_resumed_equals_uncut_bit_for_bit_also_between_rounds(tmp_path: 
     tiny.assert_same_run(trained(tmp_path, "cut", resume=True, **hard), whole)
     rows = [row for row in whole.metrics() if "loss" in row]
     wanted = {"reward", "reward_language", "reward_std", "flat_groups", "length", "truncated", "entropy", "clip_low",
-              "clip_high", "sampler_gap", "sampler_kl"}  # fmt: skip
+              "clip_high", "sampler_gap", "sampler_kl", "sampler_far"}  # fmt: skip
     assert wanted <= rows[0].keys()
     assert rows[0]["sampler_gap"] < 1e-5 and rows[0]["entropy"] > 5
     assert {"valid_reward", "valid_pass@1", "valid_length", "valid_truncated"} <= whole.metrics()[0].keys()

@@ -154,9 +154,12 @@ def generate(
     if suffix is not None:
         asked_of = infilling_prompts(folder, engine.tokenizer, prompts, suffix, options.max_new_tokens)
     after = [""] * len(prompts) if suffix is None else suffix
-    source, names = None, None
+    asked_noise = None
     if noise is not None:
-        source, names = noise_for(parse_override(f"noise={noise}")["noise"], prompts, user, options.greedy)
+        asked_noise = parse_override(f"noise={noise}")["noise"]
+        engine.check(asked_of, options)
+    # last, because it counts the visit
+    source, names = noise_for(asked_noise, prompts, user, options.greedy, once=True)
     if not as_json and len(prompts) == 1:
         if echo:
             print(prompts[0], end="", flush=True)

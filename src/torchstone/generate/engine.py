@@ -33,7 +33,7 @@ from torchstone.generate.sampling import Choice, Guide, History, Sampling
 from torchstone.generate.speculative import Drafter, check_drafts, logits_of, padded
 from torchstone.generate.text import Writer
 from torchstone.model.mask import CAUSAL, Mask, mask_named
-from torchstone.model.routed import routed_layers
+from torchstone.model.routed import routed_layers, routes_of
 from torchstone.model.state import State
 from torchstone.model.taps import Taps
 from torchstone.model.tokens import Tokens, pick
@@ -75,7 +75,8 @@ class Completion:
         top_logprobs: at each place the most probable tokens, as (token, log-probability), best first.
         drafted, accepted: tokens that were drafted and read, and those of them that stood; None without a draft.
         routes: experts that each token the model read was sent to, in their order, by routed layer: (prompt and new
-            tokens but the last, layers, K), uint8 or, for more than 256 experts, int16; None unless asked for.
+            tokens but the last, layers, K), uint8 or, for more than 256 experts, int16. Where layers take different
+            numbers of experts, K is the largest, -1 fills the others and all are int16. None unless asked for.
     """
 
     ids: list[int]
@@ -370,6 +371,16 @@ class Engine:
         """
         sampling = sampling or Sampling()
         return self._run(self._rows(prompts, sampling, memory, requests, prefix), sampling, noise, guides, prefix)
+
+    def check(
+        self, prompts: Prompts | None, sampling: Sampling | None = None, *, memory: Prompts | None = None
+    ) -> None:
+        """Refuse what `generate` would refuse of these: before a visit is counted that gets no answer.
+
+        Raises:
+            TorchstoneError: as `generate`.
+        """
+        self._rows(prompts, sampling or Sampling(), memory, None, None)
 
     # -- input
 
@@ -768,10 +779,9 @@ class Engine:
 
     def _routes(self, taps: Taps) -> np.ndarray:
         """Choices (B, T, L, K) of one forward, in the order of their numbers."""
-        routers = routed_layers(self.model)
-        chosen_BTLK = torch.stack([taps.seen[f"{path}.experts"] for path in routers], 2).sort(-1).values
-        few = all(router.E <= 256 for router in routers.values())
-        return chosen_BTLK.cpu().numpy().astype(np.uint8 if few else np.int16)
+        routers = routed_layers(self.model).values()
+        few = all(router.E <= 256 for router in routers) and len({router.K for router in routers}) == 1
+        return routes_of(self.model, taps.seen).cpu().numpy().astype(np.uint8 if few else np.int16)
 
     def _compiled_step(self, steps: int) -> CompiledStep | None:
         """The compiled step, if it is wanted, pays and works."""

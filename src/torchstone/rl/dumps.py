@@ -104,8 +104,9 @@ def sample(
     for first in range(0, len(ids), batch):
         some = range(first, min(first + batch, len(ids)))
         found += rollout(
-            model, tokenizer, [ids[n] for n in some], some, count, how, Key(seed).fold("rl sample"), scorer, numbered
-        )
+            model, tokenizer, [ids[n] for n in some], some, count, how, Key(seed).fold("rl sample"), scorer, numbered,
+            routes=trained is not None and trained.replay == "rollout",
+        )  # fmt: skip
     dump(out, found, how.dump())
     return _summary(found, count, rules[0])
 

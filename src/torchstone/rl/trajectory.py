@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from torchstone.generate.engine import Finish
 from torchstone.objectives import Batch
 
 __all__ = ["Trajectory", "batch_of", "dump", "read"]
+
+_MOST = int(np.iinfo(np.int16).max)
+"""The highest number of an expert that a batch can hold."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,15 @@ def read(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
             hashed, own = record.pop("hash"), record.pop("sampling")
             routes = record.pop("routes", None)
             lists: dict[str, Any] = {name: tuple(record.pop(name)) for name in ("prompt", "ids", "logprobs")}
-            each = Trajectory(**lists, **record, routes=None if routes is None else np.asarray(routes))
+            each = Trajectory(**lists, **record)
         except (KeyError, TypeError, ValueError) as error:
             raise TorchstoneError(f"{where}: no trajectory ({type(error).__name__}: {error})") from None
         if hashed != digest(list(each.prompt), list(each.ids)):
             raise TorchstoneError(f"{where}: its ids are not those that were sampled (their hash differs)")
         if not each.prompt or not each.ids or len(each.logprobs) != len(each.ids):
             raise TorchstoneError(f"{where}: {len(each.ids)} ids and {len(each.logprobs)} log-probabilities")
+        if routes is not None:
+            each = replace(each, routes=_recorded(routes, len(each.prompt) + len(each.ids) - 1, where))
         if settings is not None and own != settings:
             raise TorchstoneError(f"{where}: was sampled with other settings than the lines before it")
         settings = own
@@ -151,3 +156,17 @@ def read(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
     if settings is None:
         raise TorchstoneError(f"{path}: holds no trajectory")
     return found, settings
+
+
+def _recorded(routes: Any, tokens: int, where: str) -> np.ndarray:
+    try:
+        array_TLK = np.asarray(routes)
+    except ValueError:  # rows of different lengths
+        array_TLK = np.empty(0)
+    whole = array_TLK.dtype.kind == "i" and array_TLK.ndim == 3 and len(array_TLK) == tokens
+    if not whole or array_TLK.min() < -1 or array_TLK.max() > _MOST:
+        raise TorchstoneError(
+            f"{where}: routes are whole numbers from -1 to {_MOST:,}, of {tokens} tokens as many layers each, "
+            "of layers as many experts each"
+        )
+    return array_TLK.astype(np.int16)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from torchstone.errors import TorchstoneError
 from torchstone.spec import Part, PartSpec, Spec, lazy_parts, validate
 
-__all__ = ["NoiseSource", "NoiseSpec", "Request", "noise_for"]
+__all__ = ["NoiseSource", "NoiseSpec", "Request", "VisitedSource", "noise_for"]
 
 __getattr__ = lazy_parts(__name__)
 
@@ -25,6 +26,7 @@ Request = int | str
 """Name of a generation: the same name gets the same noise."""
 
 
+@runtime_checkable
 class NoiseSource(Protocol):
     """What `Sampling.choose` asks for noise."""
 
@@ -34,6 +36,19 @@ class NoiseSource(Protocol):
         """Standard Gumbel noise (B, V) for new token number `step` (from 0) of each request.
 
         Row b depends on ``requests[b]`` and `step` alone.
+        """
+        ...
+
+
+@runtime_checkable
+class VisitedSource(NoiseSource, Protocol):
+    """A source that goes by user."""
+
+    def visit(self, users: Sequence[str], prompts: Sequence[str]) -> list[Request]:
+        """Count each user's visit, and name the generation that continues the prompt.
+
+        Raises:
+            TorchstoneError: a user without a name.
         """
         ...
 
@@ -52,31 +67,43 @@ class NoiseSpec(PartSpec):
         """
         raise NotImplementedError
 
-    def requests(self, source: NoiseSource, prompts: Sequence[str], user: str | None) -> list[Request]:
-        """Names of the generations that continue `prompts` for a user, for a source that this built.
-
-        Raises:
-            TorchstoneError: it goes by user, and there is none.
-        """
-        return list(range(len(prompts)))
+    def forgotten(self) -> str | None:
+        """What ends with this process though the next one would need it, in words; None if nothing does."""
+        return None
 
 
 def noise_for(
-    asked: str | Mapping[str, Any] | NoiseSpec, prompts: Sequence[str], user: str | None = None, greedy: bool = False
+    asked: str | Mapping[str, Any] | NoiseSpec | NoiseSource | None,
+    prompts: Sequence[str],
+    user: str | None = None,
+    greedy: bool = False,
+    once: bool = False,
 ) -> tuple[NoiseSource | None, list[Request] | None]:
-    """The source that was asked for, and names in it of the generations that continue `prompts`; counts a user's visit.
-    Where nothing is drawn (`greedy`), neither, and a line on stderr says so.
+    """The source that was asked for, if any, and names in it of the generations that continue `prompts` (None: their
+    numbers); counts a user's visit. Where nothing is drawn (`greedy`), neither, and a line on stderr says so; another
+    says what is lost where the process ends after this (`once`).
 
     Raises:
-        TorchstoneError: bad input, or what `NoiseSpec.build` and `NoiseSpec.requests` raise.
+        TorchstoneError: bad input, a user and no noise that goes by user or the reverse, or what `NoiseSpec.build` and
+            `VisitedSource.visit` raise.
     """
 
     class Asked(Spec):
         noise: Part[NoiseSpec]
 
-    spec = validate(Asked, {"noise": asked}, "generate").noise
-    if greedy:
-        print(f"noise {spec.kind}: no effect at temperature 0", file=sys.stderr)
+    source = asked if isinstance(asked, NoiseSource) else None
+    spec = None if asked is None or source is not None else validate(Asked, {"noise": asked}, "generate").noise
+    name = type(source).__name__ if spec is None else spec.kind
+    if greedy and asked is not None:
+        print(f"noise {name}: no effect at temperature 0", file=sys.stderr)
         return None, None
-    source = spec.build()
-    return source, spec.requests(source, prompts, user)
+    if spec is not None:
+        source = spec.build()
+    if isinstance(source, VisitedSource):
+        names = source.visit([user or ""] * len(prompts), prompts)
+        if once and spec is not None and (forgotten := spec.forgotten()) is not None:
+            print(f"noise {name}: {forgotten}", file=sys.stderr)
+        return source, names
+    if user is not None:
+        raise TorchstoneError(f"user: {user!r} is for noise that goes by user, as {{kind: lads}} does")
+    return source, None

@@ -24,8 +24,10 @@ import hmac
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,6 +44,8 @@ __all__ = ["Counters", "Hyperplanes", "LadsNoise", "LadsSpec", "Nearest", "chara
 
 _LEAST = 32
 """Bytes of a key."""
+_MOST_BITS = 62
+"""Hyperplanes, at most."""
 
 
 class LadsSpec(NoiseSpec):
@@ -51,17 +55,20 @@ class LadsSpec(NoiseSpec):
 
     key_file: str | None = None
     """File of the secret key, 32 bytes or more, or as many in hexadecimal; None reads $LADS_KEY (hexadecimal)."""
-    bits: int = Field(14, ge=1, le=62)
+    bits: int = Field(14, ge=1, le=_MOST_BITS)
     """Hyperplanes that buckets lie between: at most 2^bits buckets."""
     counters: str | None = None
     """File (SQLite) that visits are counted in, shared by all processes; None counts in this process alone."""
 
     def build(self) -> NoiseSource:
-        return LadsNoise(self._key(), Hyperplanes(self.bits), Counters(self.counters))
+        key = self._key()
+        counters = _of_process(key) if self.counters is None else Counters(self.counters)
+        return LadsNoise(key, Hyperplanes(self.bits), counters)
 
-    def requests(self, source: NoiseSource, prompts: Sequence[str], user: str | None) -> list[Request]:
-        assert isinstance(source, LadsNoise)
-        return source.visit([user or ""] * len(prompts), prompts)
+    def forgotten(self) -> str | None:
+        if self.counters is not None:
+            return None
+        return "visits are counted in this call alone; set counters to a file that keeps them"
 
     def _key(self) -> bytes:
         if self.key_file is None:
@@ -93,10 +100,15 @@ class LadsNoise:
     Args:
         key: the secret.
         bucket: of a prompt.
-        counters: visits of users.
+        counters: visits of users; None counts in memory, for this source alone.
+
+    Raises:
+        TorchstoneError: a key that is no bytes, or too short.
     """
 
     def __init__(self, key: bytes, bucket: Bucket, counters: Counters | None = None) -> None:
+        if not isinstance(key, bytes | bytearray):
+            raise TorchstoneError(f"noise lads: the key is bytes, not {type(key).__name__}; bytes.fromhex makes them")
         if len(key) < _LEAST:
             raise TorchstoneError(f"noise lads: the key has {len(key)} bytes; {_LEAST} are the least")
         self._key, self.bucket = key, bucket
@@ -107,13 +119,17 @@ class LadsNoise:
         """Count each user's visit to the prompt's bucket, and name the generation by its seed.
 
         Raises:
-            TorchstoneError: a user without a name, for independence is each user's own.
+            TorchstoneError: a user without a name, for independence is each user's own; a name or a bucket that is
+                none; counts that cannot be kept.
         """
         if len(users) != len(prompts):
             raise TorchstoneError(f"noise lads: {len(users)} users for {len(prompts)} prompts")
-        if not all(users):
+        if not all(isinstance(user, str) and user for user in users):
             raise TorchstoneError("noise lads: needs the name of the user, for answers are independent within each")
         buckets = [self.bucket(prompt) for prompt in prompts]
+        for what, named in (("user", users), ("bucket", buckets)):  # all of them before the first is counted
+            for name in named:
+                _check_name(what, name)
         counts = [self.counters.next(user, str(bucket)) for user, bucket in zip(users, buckets, strict=True)]
         return [seed_of(self._key, bucket, n).hex() for bucket, n in zip(buckets, counts, strict=True)]
 
@@ -122,6 +138,15 @@ class LadsNoise:
     ) -> torch.Tensor:
         """Float64 (B, V) of requests that `visit` named."""
         return self._streams.gumbel(requests, step, vocabulary, device)
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str | Integral):  # NumPy's integers are integral too
+        raise TorchstoneError(f"noise lads: a {what} is a text or a whole number, not {name!r}")
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise TorchstoneError(f"noise lads: the {what} {name!r} holds half of a surrogate pair") from None
 
 
 @dataclass(frozen=True)
@@ -148,30 +173,57 @@ class Counters:
 
     Args:
         path: an SQLite file; None keeps counts in memory.
+
+    Raises:
+        TorchstoneError: the file cannot be counted in.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._lock = threading.Lock()
-        try:
-            self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False)
+        if path == "":
+            raise TorchstoneError("noise lads: counters '' name no file; without counters visits are counted in memory")
+        self._lock, self._path = threading.Lock(), ":memory:" if path is None else path
+        with self._explained():
+            self._db = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
             self._db.execute("CREATE TABLE IF NOT EXISTS visits (user TEXT, bucket TEXT, n INTEGER, "
                              "PRIMARY KEY (user, bucket))")  # fmt: skip
+            columns = [(row[1], row[5]) for row in self._db.execute("PRAGMA table_info(visits)")]
+            if columns != [("user", 1), ("bucket", 2), ("n", 0)]:
+                raise sqlite3.Error("its table visits is of something else")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
-            raise TorchstoneError(f"noise lads: cannot count in {path!r}: {error}") from None
+            raise TorchstoneError(f"noise lads: cannot count in {self._path!r}: {error}") from None
 
     def next(self, user: str, bucket: str) -> int:
-        """Visits before this one, which counts from now on."""
-        with self._lock:
+        """Visits before this one, which counts from now on.
+
+        Raises:
+            TorchstoneError: the file is locked for too long, or cannot be written.
+        """
+        with self._lock, self._explained():
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._db:  # commits, or takes all back
                 row = self._db.execute("SELECT n FROM visits WHERE user = ? AND bucket = ?", (user, bucket)).fetchone()
                 n = 0 if row is None else int(row[0])
                 self._db.execute("INSERT OR REPLACE INTO visits VALUES (?, ?, ?)", (user, bucket, n + 1))
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
         return n
+
+
+_KEYS: dict[bytes, Counters] = {}
+_KEYS_LOCK = threading.Lock()
+
+
+def _of_process(key: bytes) -> Counters:
+    """The counts in memory of all that is built without a file: one for each key, whatever its buckets, so that no user
+    meets a seed twice while the process lives."""
+    name = hashlib.sha256(key).digest()
+    with _KEYS_LOCK:
+        if name not in _KEYS:
+            _KEYS[name] = Counters()
+        return _KEYS[name]
 
 
 # ----------------------------------------------------------------------------------------------------------- buckets
@@ -196,8 +248,12 @@ class Hyperplanes:
     embed: Callable[[str], np.ndarray] = character_grams
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= _MOST_BITS:
+            raise TorchstoneError(f"noise lads: bits are from 1 to {_MOST_BITS}, not {self.bits!r}")
+
     def __call__(self, prompt: str) -> int:
-        x_E = np.asarray(self.embed(prompt), np.float64)
+        x_E = _embedded(self.embed, prompt)
         planes = Key(self.seed).fold("hyperplanes", x_E.size).numpy().standard_normal((self.bits, x_E.size))
         return int(sum(1 << i for i, side in enumerate(planes @ x_E > 0) if side))
 
@@ -209,9 +265,22 @@ class Nearest:
     prompts: tuple[str, ...]
     embed: Callable[[str], np.ndarray] = character_grams
 
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise TorchstoneError("noise lads: the nearest of no prompts; give at least one")
+
     def __call__(self, prompt: str) -> int:
-        known = np.stack([_unit(self.embed(each)) for each in self.prompts])
-        return int(np.argmax(known @ _unit(self.embed(prompt))))
+        known = np.stack([_unit(_embedded(self.embed, each)) for each in self.prompts])
+        return int(np.argmax(known @ _unit(_embedded(self.embed, prompt))))
+
+
+def _embedded(embed: Callable[[str], np.ndarray], prompt: str) -> np.ndarray:
+    x_E = np.asarray(embed(prompt), np.float64)
+    if x_E.ndim != 1 or not np.isfinite(x_E).all():
+        raise TorchstoneError(
+            "noise lads: the embedding of a prompt is a vector of finite numbers, and this one is not"
+        )
+    return x_E
 
 
 def _unit(x_E: np.ndarray) -> np.ndarray:

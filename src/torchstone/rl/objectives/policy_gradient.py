@@ -28,6 +28,8 @@ Shapes: P prompts, R = P * group rows, T tokens of a row, N tokens that the poli
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -39,7 +41,7 @@ from torch import nn
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.context import Aux
-from torchstone.model.routed import routed_layers
+from torchstone.model.routed import routed_layers, routes_of
 from torchstone.model.taps import Taps
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.objectives._frozen import WithReference, reference_of
@@ -52,6 +54,10 @@ from torchstone.rl.trajectory import Trajectory, batch_of
 from torchstone.spec import Part, Spec
 
 __all__ = ["KLSpec", "PolicyGradient", "PolicyGradientSpec", "Written", "token_losses"]
+
+
+_FAR = math.log(1.2)
+"""Of a token's probability in training over that when it was drawn, or the reverse: beyond it the two are far apart."""
 
 
 class KLSpec(Spec):
@@ -155,8 +161,12 @@ def token_losses(spec: PolicyGradientSpec, written: Written) -> tuple[torch.Tens
         held_N = kl_N if written.held_R is None else torch.where(written.held_R[row_N], kl_N, 0.0)
         loss_N = loss_N + spec.kl.beta * held_N
         seen["kl"] = kl_N
-    seen |= {"sampler_gap": gap_N.abs(), "sampler_kl": torch.expm1(gap_N) - gap_N}
+    seen |= {"sampler_gap": gap_N.abs(), "sampler_kl": torch.expm1(gap_N) - gap_N, "sampler_far": gap_N.abs() > _FAR}
     return loss_N, {name: value.detach() for name, value in seen.items()}
+
+
+def _lacks_routes(trajectory: Trajectory) -> bool:
+    return trajectory.routes is None or bool((trajectory.routes < 0).all(-1).any())
 
 
 class PolicyGradient(WithReference):
@@ -177,6 +187,7 @@ class PolicyGradient(WithReference):
         self.tokenizer, self.rows = facts.tokenizer, facts.rows
         self.scorer = Scorer(spec.rewards)
         self.sampling = spec.sampling.sampling()
+        self._said = False  # that routes are missing, once a training
         if self.rows is not None:
             self.scorer.check(self.rows)
 
@@ -194,7 +205,13 @@ class PolicyGradient(WithReference):
     # -- answers
 
     def collect(self, model: nn.Module, batch: Batch, key: Key) -> Batch:
-        found = self._answers(model, batch, self.spec.group, key, self.spec.replay == "rollout")
+        replayed = self.spec.replay == "rollout"
+        found = self._answers(model, batch, self.spec.group, key, replayed)
+        if replayed and not self._said and any(_lacks_routes(each) for each in found):
+            self._said = True
+            print(
+                "policy_gradient: answers lack routes, and such tokens go where the router sends them", file=sys.stderr
+            )
         groups = [number // self.spec.group for number in range(len(found))]
         return self.batch(model, found, groups, batch["ids"].device)
 
@@ -236,6 +253,8 @@ class PolicyGradient(WithReference):
             "parts": torch.tensor([[part or 0.0 for part in each] for each in parts], dtype=dtype),
             "known": torch.tensor([[part is not None for part in each] for each in parts]),
         }
+        if self.spec.replay != "rollout":
+            batch.pop("routes", None)
         batch["next"] = torch.where(batch["scored"][:, None], batch["next"], -100)
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
@@ -305,6 +324,8 @@ class PolicyGradient(WithReference):
         }
         if replay is not None:
             metrics |= replay.metrics()
+        elif self.spec.replay != "none":
+            metrics["routes_missing"] = batch["valid"].sum(), batch["valid"].sum()
         return Result(result.terms, {**result.metrics, **metrics})
 
     def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
@@ -349,5 +370,4 @@ class PolicyGradient(WithReference):
         """Choices of the trained model itself, (R, T, L, K), -1 for padding."""
         taps = Taps(record=["decoder.layers.*.router.experts"])
         model(tokens_of(batch), outputs="none", taps=taps)
-        chosen_RTLK = torch.stack([taps.seen[f"{path}.experts"] for path in routed_layers(model)], 2)
-        return torch.where(batch["valid"][..., None, None], chosen_RTLK, -1).to(torch.int16)
+        return torch.where(batch["valid"][..., None, None], routes_of(model, taps.seen), -1).to(torch.int16)
