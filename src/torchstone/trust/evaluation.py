@@ -23,6 +23,7 @@ from torchstone.trust.attacks import (
     adaptive_pgd,
     carlini_wagner,
     cross_entropy_gain,
+    gama,
     multi_target,
     pgd,
     shortfalls,
@@ -32,7 +33,7 @@ from torchstone.trust.rejection import accuracy_at, auc, calibrate, coupled, sco
 
 __all__ = ["ATTACKS", "REPORT", "evaluate"]
 
-ATTACKS = ("pgd", "adaptive-pgd", "multi-target", "cw")
+ATTACKS = ("pgd", "adaptive-pgd", "multi-target", "gama", "cw")
 """Attacks by name; `none` is measured in any case."""
 REPORT = "trust.json"
 
@@ -61,8 +62,8 @@ def evaluate(
             and, with the head, keep R-Con above the threshold, whatever their distance.
         out: a folder that gets `REPORT`; None writes nothing.
         epsilon: by how much a pixel may change; by default as in the run's training.
-        steps: of PGD.
-        restarts: of PGD, each from noise of its own.
+        steps: of PGD, and of what goes by it.
+        restarts: of pgd, adaptive-pgd and gama, each from noise of its own.
         etas: weights of log R-Con in adaptive-pgd; of the runs, the worst for each example counts.
         keep: share of right predictions that a threshold keeps.
         xi: of the coupled rule.
@@ -128,6 +129,8 @@ def evaluate(
                 pixels = adaptive_pgd(model, pixels, label_B, ball, etas, steps, restarts=restarts, key=drawn)
             elif name == "multi-target":
                 pixels = multi_target(model, pixels, label_B, ball, steps=steps, key=drawn)
+            elif name == "gama":
+                pixels = gama(model, pixels, label_B, ball, steps, restarts=restarts, key=drawn)
             elif name == "cw":
                 pixels, distance_B = carlini_wagner(shortfalls(model, label_B, thresholds.get("rcon")), pixels)
                 distances.append(distance_B)

@@ -13,7 +13,9 @@ __all__ = ["main"]
 
 def main(
     run: Annotated[Path, typer.Argument(help="A run directory of a classifier of images.")],
-    attack: Annotated[str, typer.Option(help="Some of pgd, adaptive-pgd, multi-target, cw, with commas.")] = "pgd",
+    attack: Annotated[
+        str, typer.Option(help="Some of pgd, adaptive-pgd, multi-target, gama, cw, with commas.")
+    ] = "pgd",
     out: Annotated[Path | None, typer.Option("--out", help="A folder for trust.json.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="By how much a pixel may change; by default as in training.")
