@@ -91,7 +91,11 @@ def test_what_the_verb_refuses(cli: Cli, home: Path, tmp_path: Path) -> None:
     assert "which the model lacks" in refusal(home / "plain", "--attack", "adaptive-pgd")
     assert "steps: is 0" in refusal(home / "run", "--steps", "0")
     assert "epsilon: must be above 0" in refusal(home / "run", "--epsilon", "0")
-    assert "xi: 1 is outside" in refusal(home / "run", "--xi", "1", "--steps", "1")
+    for run in ("run", "plain"):
+        for xi in ("1", "-0.1", "nan"):
+            assert f"xi: {xi} is outside" in refusal(home / run, "--xi", xi)
+        for eta in ("nan", "-1", "inf"):
+            assert "each a number from 0 up" in refusal(home / run, "--eta", eta)
     assert "keep: 2 is no share" in refusal(home / "run", "--keep", "2")
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(home / "run", "--out", tmp_path / "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def certify(
         raise TorchstoneError(f"{run.path}: its model ({spec.kind}) is no classifier of images")
     if limit is not None and limit < 1:
         raise TorchstoneError(f"limit: is {limit}, and must be 1 or more")
-    if not radii or min(radii) < 0:
-        raise TorchstoneError("radius: needs one or more, none below 0")
+    if not radii or not all(0 <= radius < math.inf for radius in radii):
+        raise TorchstoneError("radius: needs one or more, each a number from 0 up")
     if out is not None and Path(out).is_file():
         raise TorchstoneError(f"{out}: is a file, not a folder")
     recipe = run.recipe

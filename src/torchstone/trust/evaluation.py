@@ -29,7 +29,7 @@ from torchstone.trust.attacks import (
     shortfalls,
 )
 from torchstone.trust.model._classifier import classifies_images
-from torchstone.trust.rejection import accuracy_at, auc, calibrate, coupled, scores_of
+from torchstone.trust.rejection import accuracy_at, auc, calibrate, check_xi, coupled, scores_of
 
 __all__ = ["ATTACKS", "REPORT", "evaluate"]
 
@@ -95,8 +95,9 @@ def evaluate(
     for field, value in numbers:
         if value < 1:
             raise TorchstoneError(f"{field}: is {value}, and must be 1 or more")
-    if not etas:
-        raise TorchstoneError("eta: needs one weight of log R-Con or more")
+    if not etas or not all(0 <= eta < math.inf for eta in etas):
+        raise TorchstoneError("eta: needs one weight of log R-Con or more, each a number from 0 up")
+    check_xi(xi)
     if out is not None and Path(out).is_file():
         raise TorchstoneError(f"{out}: is a file, not a folder")
     recipe = run.recipe
