@@ -1,4 +1,4 @@
-"""What randomised smoothing certifies of a run's classifier, on its test split."""
+"""What randomised smoothing certifies of a run's classifier, on its test split or on other images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchstone.files import write_json
 from torchstone.keys import Key
 from torchstone.train.environment import choose_device
 from torchstone.train.run import RunFolder
+from torchstone.trust.images import images_for
 from torchstone.trust.model._classifier import classifies_images
 from torchstone.trust.smoothing import (
     ABSTAIN,
@@ -34,6 +35,7 @@ def certify(
     run: RunFolder,
     out: str | Path | None = None,
     *,
+    data: str | Path | None = None,
     sigma: float | None = None,
     n0: int = 100,
     n: int = 100_000,
@@ -49,6 +51,7 @@ def certify(
     Args:
         run: of a model of images.
         out: a folder that gets `REPORT`; None writes nothing.
+        data: a folder or an .npz file of images, all of which are the test split; None takes the run's own.
         sigma: of the noise; by default as in the run's training.
         n0, n, alpha, beta: see `SmoothedClassifier.certify`.
         radii: at which certified accuracy is reported.
@@ -76,7 +79,7 @@ def certify(
         raise TorchstoneError("sigma: a run that was trained without noise needs it said")
     where = choose_device(device)
     smoothed = SmoothedClassifier(run.model(device=where).eval(), noise)
-    prepared = recipe.data.prepare()
+    prepared = recipe.data.prepare() if data is None else images_for(spec, data)
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to certify")
     found: list[Certified] = []
