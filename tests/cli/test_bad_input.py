@@ -50,7 +50,7 @@ def train(refused: Callable[..., str], recipe: Callable[..., Path], tmp_path: Pa
 
 OVERRIDES = {
     "model.attention.kind=softmx": "no attention kind 'softmx' (did you mean 'softmax'?); kinds: ",
-    "optimizer.kind=sgd": "no optimizer kind 'sgd'",
+    "optimizer.kind=adagrad": "no optimizer kind 'adagrad'",
     "model.ffn.kind=../mlp": "no ffn kind '../mlp'",
     "model.wdth=4": "model: no field 'wdth' (did you mean 'width'?)",
     "modell.width=4": "no field 'modell' (did you mean 'model'?)",

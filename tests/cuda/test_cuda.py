@@ -223,6 +223,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "optimizer": {"kind": "muon", "lr": 0.01},
         "trainer": {"accumulate": 2, "ema": 0.9},
     },
+    "sgd": {"optimizer": {"kind": "sgd", "lr": 0.1}},
     "masked": tiny.MASKED,
     "experts": {"model": {**tiny.MODEL, "ffn": EXPERTS}},
     "multi_token": {

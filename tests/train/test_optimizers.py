@@ -1,4 +1,4 @@
-"""AdamW and Muon move parameters as their papers say, and each parameter by the rule of its group."""
+"""AdamW, Muon and SGD move parameters as their papers say, and each parameter by the rule of its group."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.transformer import TransformerSpec
 from torchstone.spec import kinds, validate
 from torchstone.train.optimizers import NamedParameter, named_parameters, set_factor
 from torchstone.train.optimizers.adamw import AdamWSpec
 from torchstone.train.optimizers.muon import MuonSpec, orthogonal
+from torchstone.train.optimizers.sgd import SGDSpec
 from torchstone.train.run import build_model
 
 MODEL: dict[str, Any] = {
@@ -44,7 +46,7 @@ def test_every_parameter_is_named_once_and_a_tied_matrix_counts_once() -> None:
     assert len({id(p.value) for p in named.values()}) == len(named)
 
 
-@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.1, layer_decay=0.5), MuonSpec(lr=0.1, layer_decay=0.5)])
+@pytest.mark.parametrize("spec", [kind(lr=0.1, layer_decay=0.5) for kind in (AdamWSpec, MuonSpec, SGDSpec)])
 def test_layers_below_the_top_have_smaller_rates(spec: Any) -> None:
     model, _ = named_of()
     named = {p.name: p for p in named_parameters([("", model)], spec.layer_decay)}
@@ -67,14 +69,14 @@ def test_frozen_parameters_are_left_out() -> None:
     assert "embedding.weight" not in {p.name for p in named_parameters([("", model)])}
 
 
-@pytest.mark.parametrize("spec", [AdamWSpec(), MuonSpec()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [AdamWSpec(), MuonSpec(), SGDSpec()], ids=lambda spec: spec.kind)
 def test_norms_and_biases_do_not_decay_and_matrices_do(spec: Any) -> None:
     _, named = named_of()
     optimizer = spec.build(list(named.values()))
     decay = {id(value): group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
     for name, p in named.items():
         is_vector = name.endswith("bias") or "norm" in name
-        assert decay[id(p.value)] == (0.0 if is_vector else 0.1), name
+        assert decay[id(p.value)] == (0.0 if is_vector else spec.weight_decay), name
     assert len(decay) == len(named)
 
 
@@ -169,6 +171,46 @@ def test_steps_equal_a_plain_implementation(spec: Any) -> None:
         torch.testing.assert_close(
             p.value.detach().double(), values[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: n + m
         )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SGDSpec(lr=0.1, weight_decay=0.05),
+        SGDSpec(lr=0.1, weight_decay=0.05, nesterov=True),
+        SGDSpec(lr=0.1, weight_decay=0.05, momentum=0),
+    ],
+    ids=["momentum", "nesterov", "plain"],
+)
+def test_sgd_is_torchs_and_its_decay_goes_through_the_momentum(spec: SGDSpec) -> None:
+    """Step by step the same bits as `torch.optim.SGD` of each parameter alone, and near the formula in float64."""
+    _, named = named_of()
+    optimizer = spec.build(list(named.values()))
+    alone, values, momenta = {}, {}, {}
+    for name, p in named.items():
+        decay = spec.weight_decay if p.value.dim() >= 2 else 0.0
+        twin = torch.nn.Parameter(p.value.detach().clone())
+        fields: dict[str, Any] = {"lr": spec.lr, "momentum": spec.momentum, "nesterov": spec.nesterov}
+        alone[name] = torch.optim.SGD([twin], weight_decay=decay, **fields), twin
+        values[name], momenta[name] = twin.detach().double(), torch.zeros_like(twin, dtype=torch.float64)
+    for step in range(5):
+        set_factor(optimizer, factor := 1 / (step + 1))
+        for name, gradient in give_gradients(named, step).items():
+            torchs, twin = alone[name]
+            torchs.param_groups[0]["lr"], twin.grad = spec.lr * factor, gradient
+            torchs.step()
+            g = gradient.double() + (spec.weight_decay if twin.dim() >= 2 else 0.0) * values[name]
+            momenta[name] = spec.momentum * momenta[name] + g
+            values[name] -= spec.lr * factor * (g + spec.momentum * momenta[name] if spec.nesterov else momenta[name])
+        optimizer.step()
+        for name, p in named.items():
+            assert torch.equal(p.value, alone[name][1]), (step, name)
+            torch.testing.assert_close(p.value.detach().double(), values[name], rtol=1e-5, atol=1e-5)
+
+
+def test_nesterov_without_momentum_is_refused() -> None:
+    with pytest.raises(TorchstoneError, match="looks ahead along the momentum, which is 0"):
+        validate(SGDSpec, {"nesterov": True, "momentum": 0})
 
 
 def test_muon_orthogonalises_the_slices_of_a_fused_projection_separately() -> None:

@@ -57,6 +57,15 @@ HARD: dict[str, dict[str, Any]] = {
         "optimizer": {"kind": "muon", "lr": 0.01},
         "trainer": {**TWELVE, "save_every": 3, "accumulate": 2, "ema": 0.9},
     },
+    "sgd": {
+        "optimizer": {"kind": "sgd", "lr": 0.1, "nesterov": True},
+        "schedule": {"kind": "multi_step"},
+        "trainer": {**TWELVE, "save_every": 3},
+    },
+    "sgd-without-momentum": {
+        "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0},
+        "trainer": {**TWELVE, "save_every": 3},
+    },
     "objective-with-a-player": {
         "objective": {"kind": "player_of_a_test"},
         "trainer": {**TWELVE, "save_every": 3, "ema": 0.8, "accumulate": 2},

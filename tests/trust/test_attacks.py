@@ -19,6 +19,7 @@ from torchstone.trust.attacks import (
     carlini_wagner,
     cross_entropy_gain,
     divergence_gain,
+    gama,
     log_rcon,
     margin,
     multi_target,
@@ -157,6 +158,67 @@ def test_multi_target_finds_the_best_wrong_class_of_a_linear_model() -> None:
     torch.testing.assert_close(found, best)
 
 
+@pytest.mark.parametrize("key", [None, Key(3)])
+def test_gama_without_weight_is_pgd_on_the_margin_of_probabilities(key: Key | None) -> None:
+    model, x, ball = Linear(4, 10), inner(8, 10), Ball(0.1)
+    label = model(x).logits.argmax(1)
+    start = x if key is None else x + 0.1 * uniform(x, 1.0, key.fold("restart", 0)).sign()
+    wanted = start
+    for steps, size in ((12, 0.2), (5, 0.02), (3, 0.002)):  # 60 %, 25 % and 15 % of twenty
+        wanted = ascend(lambda p: margin(model(p).logits.softmax(1), label), x, wanted, ball, steps, size)
+    assert torch.equal(gama(model, x, label, ball, 20, weight=0.0, key=key), wanted)
+
+
+def test_gama_is_its_formula_step_by_step() -> None:
+    model, x = Linear(4, 10), inner(8, 10)
+    label, clean = model(x).logits.argmax(1), model(x).logits.softmax(1)
+    wanted = x + 0.1 * uniform(x, 1.0, Key(5).fold("restart", 0)).sign()
+    weights = [30.0, 20.0, 10.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0]
+    sizes = [0.2] * 8 + [0.02] * 3 + [0.002]  # from step 7.2 and step 10.2 on
+    for weight, size in zip(weights, sizes, strict=True):
+        wanted = wanted.detach().requires_grad_()
+        p = model(wanted).logits.softmax(1)
+        of_label = torch.nn.functional.one_hot(label, 4).bool()
+        gain = p.masked_fill(of_label, 0).amax(1) - p[of_label] + weight * ((p - clean) ** 2).sum(1)
+        (slope,) = torch.autograd.grad(gain.sum(), wanted)
+        wanted = torch.clamp(wanted + size * slope.sign(), x - 0.1, x + 0.1)
+    found = gama(model, x, label, Ball(0.1), 12, weight=30.0, key=Key(5))
+    torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-12)
+    assert not torch.equal(found, gama(model, x, label, Ball(0.1), 1, weight=0.0, key=Key(5)))
+
+
+def test_gama_stays_in_the_ball_and_keeps_the_best_restart() -> None:
+    model = Linear(4, 9)
+    x = torch.rand(40, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round(decimals=1)
+    label = model(x).logits.argmax(1)
+    found = [gama(model, x, label, Ball(0.3), 8, restarts=n, key=Key(0)) for n in (1, 4)]
+    for one in found:
+        assert (one - x).abs().max() <= 0.3 + 1e-12 and one.min() >= 0 and one.max() <= 1
+        assert (one == 0).any() and (one == 1).any()
+    few, many = (margin(model(one).logits.softmax(1), label) for one in found)
+    assert (many >= few).all()
+
+
+def test_gama_makes_more_predictions_wrong_than_noise_does() -> None:
+    """Of a small network that has learned which of three stripes is bright."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(3, (240,), generator=generator)
+    x = 0.6 * torch.rand(240, 1, 6, 6, generator=generator)
+    x[torch.arange(240), 0, 2 * label] += 0.4
+    fields = {"classes": 3, "channels": 1, "image": 6, "hidden": [16]}
+    model: Any = build_model(resolve("model", "mlp").model_validate(fields), 0)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).logits, label).backward()
+        adam.step()
+    right = [
+        (model(one).logits.argmax(1) == label).double().mean().item()
+        for one in (x, (x + uniform(x, 0.15, Key(1))).clamp(0, 1), gama(model, x, label, Ball(0.15), 20, key=Key(1)))
+    ]
+    assert right[1] > 0.9 and right[2] < right[1] - 0.2
+
+
 def test_carlini_wagner_is_as_near_as_the_plane_between_two_classes() -> None:
     model, x = Linear(2, 8), inner(6)
     label = model(x).logits.argmax(1)
@@ -199,6 +261,7 @@ def test_an_attack_leaves_gradients_statistics_mode_and_taps_alone(training: boo
     seen = {name: value.clone() for name, value in taps.seen.items()}
     with torch.no_grad():  # as in evaluation
         found = adaptive_pgd(model, pixels, label, Ball(0.1), steps=2, key=Key(0))
+        gama(model, pixels, label, Ball(0.1), steps=2, key=Key(0))
         carlini_wagner(shortfalls(model, label, 0.5), pixels, searches=2, iterations=2)
     assert not found.requires_grad and not torch.equal(found, pixels)
     assert model.training == training and all(p.requires_grad for p in model.parameters())

@@ -84,6 +84,18 @@ def test_mlp_is_its_definition() -> None:
     torch.testing.assert_close(out.logits, F.linear(h, model.head.weight, model.head.bias))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "preact_resnet"])
+def test_pixels_are_standardised_inside_the_model(kind: str) -> None:
+    small = {"width": 2, "blocks": [1]} if kind == "preact_resnet" else {}
+    plain, inside = built(kind, **small).eval(), built(kind, mean=[0.4, 0.5], std=[0.2, 0.3], **small).eval()
+    assert plain.state_dict().keys() == inside.state_dict().keys()
+    pixels = torch.rand(3, 2, 9, 9)
+    by_hand = torch.stack([(pixels[:, 0] - 0.4) / 0.2, (pixels[:, 1] - 0.5) / 0.3], 1)
+    torch.testing.assert_close(inside(pixels).logits, plain(by_hand).logits)
+    shifted = built(kind, mean=[0.4, 0.5], **small).eval()
+    torch.testing.assert_close(shifted(pixels).logits, plain(pixels - torch.tensor([0.4, 0.5])[:, None, None]).logits)
+
+
 @pytest.mark.parametrize("form", ["linear_mlp", "mlp"])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_the_auxiliary_head_is_its_definition(form: str, norm: str) -> None:
@@ -156,6 +168,9 @@ def test_wrong_sizes_are_one_sentence() -> None:
         model(torch.rand(2, 1, 9, 9))
     with pytest.raises(TorchstoneError, match=r"model\.channels: is not known before the data are"):
         resolve("model", "mlp")().build()  # type: ignore[attr-defined]
+    for fields, said in (({"mean": [0.5]}, "mean: has 1 values, and a pixel 2 channels"), ({"std": [1, 0]}, "std")):
+        with pytest.raises(TorchstoneError, match=said):
+            spec_of("mlp", **fields)
     with pytest.raises(TorchstoneError, match="two examples or more"):
         built("mlp", rejection={})(torch.rand(1, 2, 9, 9))
     with pytest.raises(TorchstoneError, match="rejection"):

@@ -116,6 +116,16 @@ def test_without_weight_it_is_training_on_noise(copies: int, folder: Path, float
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8)
 
 
+def test_before_its_step_the_radius_has_no_weight(folder: Path, float64: None) -> None:
+    late, light, heavy = trainer_of(folder, weight_from=2), trainer_of(folder, weight=0), trainer_of(folder)
+    batch = prepared(late)
+    wanted = [gradients(one, [batch]) for one in (light, heavy)]
+    for step in (0, 1, 2, 3):
+        late.objective.before_step(late.model, step)
+        assert_same(gradients(late, [batch]), wanted[step >= 2])
+    assert wanted[0][1] < wanted[1][1]
+
+
 def shortfall(s_C: torch.Tensor, label: int, sigma: float = 0.5, gamma: float = 8.0) -> torch.Tensor:
     """L_R of one example whose averaged softmax is `s_C`, from the objective itself."""
     objective = MACER(MACERSpec(sigma=sigma, copies=1, beta=1.0, gamma=gamma))
@@ -199,7 +209,7 @@ def test_a_training_that_was_cut_goes_on_bit_for_bit(
     model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
-    made = recipe(tmp_path, {"trainer": {"steps": 6, "save_every": 2, "accumulate": 2}})
+    made = recipe(tmp_path, {"trainer": {"steps": 6, "save_every": 2, "accumulate": 2}}, weight_from=4)
     made["model"] = model or made["model"]
     whole = training.train(made, out=tmp_path / "whole", quiet=True)
     with cut_after(3):
@@ -214,7 +224,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(folder:
         assert not (tmp_path / "run").exists()
         return str(caught.value)
 
-    for field, value in (("sigma", 0), ("copies", 0), ("beta", 0), ("gamma", 0), ("weight", -1)):
+    for field, value in (("sigma", 0), ("copies", 0), ("beta", 0), ("gamma", 0), ("weight", -1), ("weight_from", -1)):
         assert f"objective.{field}" in refusal(recipe(folder, **{field: value}))
     said = refusal(tiny.recipe(folder, objective={"kind": "macer"}))
     assert said == "data text is of tokens, and objective macer of images"

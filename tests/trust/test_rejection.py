@@ -6,11 +6,13 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchstone.data.images import Images
 from torchstone.errors import TorchstoneError
 from torchstone.spec import resolve, validate
 from torchstone.train.run import build_model
@@ -143,6 +145,14 @@ def test_a_calibrated_classifier_keeps_its_share_of_right_answers(score: str) ->
     assert torch.equal(accepted, getattr(scores, score) >= classifier.threshold)
 
 
+def test_a_split_of_images_calibrates_as_its_batches_do() -> None:
+    model = model_of()
+    batch = examples(model, 300)
+    split = Images(batch["pixels"].numpy(), batch["label"].numpy(), np.arange(300))
+    found = RejectingClassifier(model).calibrate(split, keep=0.9)
+    assert found.threshold == RejectingClassifier(model).calibrate(batch, keep=0.9).threshold
+
+
 def test_without_calibration_the_coupled_rule_decides() -> None:
     model = model_of()
     label, accepted, scores = RejectingClassifier(model, xi=0.2)(examples(model)["pixels"])
@@ -162,6 +172,9 @@ def test_refusals_are_sentences() -> None:
     wrong = {"pixels": batch["pixels"][::3], "label": batch["label"][::3]}
     with pytest.raises(TorchstoneError, match="none of the examples is classified correctly"):
         RejectingClassifier(model).calibrate(wrong)
+    for odd in (3, "pixels", batch["pixels"], [batch["pixels"]], {"pixels": batch["pixels"]}, [{**batch, "label": 1}]):
+        with pytest.raises(TorchstoneError, match=r"needs a split of images, as data\.valid, or batches"):
+            RejectingClassifier(model).calibrate(odd)
     with pytest.raises(TorchstoneError, match="no example to calibrate on"):
         RejectingClassifier(model).calibrate([])
     with pytest.raises(TorchstoneError, match="score: is one of con, entropy"):

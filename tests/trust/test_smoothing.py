@@ -229,8 +229,10 @@ def test_refusals_are_sentences() -> None:
     for alpha in (0, 1, math.nan):
         with pytest.raises(TorchstoneError, match="alpha: is"):
             smoothed.predict(x, alpha=alpha)
-    for fields in ({"n": 0}, {"n0": 0}):
-        with pytest.raises(TorchstoneError, match="must be 1 or more"):
+    with pytest.raises(TorchstoneError, match="x is a ndarray; give a tensor of floats"):
+        smoothed.certify(x.numpy())  # type: ignore[arg-type]
+    for fields in ({"n": 0}, {"n0": 0}, {"n": 1e3}, {"n0": 2.5}):
+        with pytest.raises(TorchstoneError, match="must be a whole number of 1 or more"):
             smoothed.certify(x, **fields)
     for fields in ({"beta": 0.0}, {"beta": 2.0, "n": 1}):
         with pytest.raises(TorchstoneError, match="beta above 0 and n above 1"):
@@ -278,6 +280,12 @@ def test_a_run_is_certified_and_the_report_written(soft: tuple[str, ...], cli: C
     assert shown.status == 0 and "average certified radius" in shown.out and "radius 0.75" in shown.out
 
 
+def test_too_few_samples_are_one_line_of_warning(cli: Cli, home: Path) -> None:
+    said = cli("trust", "certify", home / "run", "--n", "9", "--limit", "3")
+    assert said.status == 0 and "abstained 1.0000" in said.out
+    assert said.err == "torchstone: n 9 certifies nothing at alpha 0.001: the largest radius is 0\n"
+
+
 def test_what_the_verb_refuses(cli: Cli, home: Path, tmp_path: Path) -> None:
     def refusal(*arguments: Any) -> str:
         said = cli("trust", "certify", *arguments)
@@ -290,7 +298,8 @@ def test_what_the_verb_refuses(cli: Cli, home: Path, tmp_path: Path) -> None:
     assert "alpha: is 1.0" in refusal(home / "run", "--alpha", "1")
     assert "n: is 0" in refusal(home / "run", "--n", "0")
     assert "limit: is 0" in refusal(home / "run", "--limit", "0")
-    assert "none below 0" in refusal(home / "run", "--radius", "-1")
+    for radius in ("-1", "nan", "inf"):
+        assert "each a number from 0 up" in refusal(home / "run", "--radius", radius)
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(home / "run", "--out", tmp_path / "file")
     tiny.saved(tmp_path / "text", tiny.recipe(tmp_path))

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
 import torchstone
+from torchstone.errors import TorchstoneError
+from torchstone.model.transformer import TransformerSpec
 from torchstone.recipe import dump_yaml
+from torchstone.spec import validate
 from torchstone.train import training
 from torchstone.train.run import RunFolder
 from torchstone.trust import RejectingClassifier
 from torchstone.trust.evaluation import ATTACKS
+from torchstone.trust.images import images_for
 
 Cli = Callable[..., Any]
 LEARNS: dict[str, Any] = {"optimizer": {"lr": 0.01}, "trainer": {"steps": 40, "batch": 16, "save_every": 40}}
@@ -80,6 +85,74 @@ def test_by_default_the_ball_is_that_of_the_training(cli: Cli, home: Path) -> No
     assert set(found["attacks"]["pgd"]["scores"]) == {"con", "entropy", "energy"}
 
 
+def stripes(path: Path, count: int = 20, side: int = 6, classes: int = 3, channels: int = 1) -> Path:
+    rng = np.random.default_rng(1)
+    label = np.arange(count) % classes
+    pixels = rng.random((count, channels, side, side)) * 0.6
+    pixels[np.arange(count), 0, 2 * label % side] += 0.4
+    np.savez(path, x=pixels, y=label)
+    return path
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "certify"])
+def test_other_images_take_the_place_of_the_test_split(verb: str, cli: Cli, home: Path, tmp_path: Path) -> None:
+    few = ("--steps", "2") if verb == "evaluate" else ("--n", "20", "--sigma", "0.2")
+
+    def found(*arguments: Any) -> Any:
+        said = cli("trust", verb, home / "run", *few, *arguments, "--json")
+        assert said.status == 0, said.err
+        return json.loads(said.out)
+
+    own, other = found(), found("--data", stripes(tmp_path / "other.npz"))
+    assert other["examples"] == 20 and "test 20" in other["data"] and "other.npz" in other["data"]
+    # the run's own test images, from a file of their own, are measured as they were in the run
+    (batch,) = torchstone.load(home / "run").recipe.data.prepare().test.evaluation(1000)
+    np.savez(tmp_path / "same.npz", x=batch["pixels"].numpy(), y=batch["label"].numpy())
+    assert {**found("--data", tmp_path / "same.npz"), "data": ""} == {**own, "data": ""}
+    # one class alone is enough here, and a class may be missing from numbers
+    assert found("--data", stripes(tmp_path / "one.npz", 4, classes=1))["examples"] == 4
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "certify"])
+def test_folders_of_images_have_all_classes(verb: str, cli: Cli, home: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    few = ("--steps", "2") if verb == "evaluate" else ("--n", "20", "--sigma", "0.2")
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "images" / name / "0.png")
+    (tmp_path / "images" / "c" / "0.png").rename(tmp_path / "images" / "b" / "1.png")  # a class may have no image
+    command = ("trust", verb, home / "run", *few, "--data", tmp_path / "images")
+    assert json.loads(cli(*command, "--json").out)["examples"] == 3
+    (tmp_path / "images" / "c").rmdir()
+    said = cli(*command)
+    assert said.status == 2 and "images of 2 classes, and the model has 3" in said.err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "certify"])
+def test_images_that_do_not_fit_the_model_are_refused(verb: str, cli: Cli, home: Path, tmp_path: Path) -> None:
+    few = () if verb == "evaluate" else ("--sigma", "0.2")
+    for fields, sentence in (
+        ({"side": 8}, "images of 1 x 8 x 8, and the model takes 1 x 6 x 6"),
+        ({"channels": 3}, "images of 3 x 6 x 6, and the model takes 1 x 6 x 6"),
+        ({"classes": 4}, "images of 4 classes, and the model has 3"),
+    ):
+        said = cli("trust", verb, home / "run", *few, "--data", stripes(tmp_path / "odd.npz", **fields), "--out", "no")
+        assert said.status == 2 and sentence in said.err and said.err.count("\n") == 1
+    said = cli("trust", verb, home / "run", *few, "--data", tmp_path / "none")
+    assert said.status == 2 and "no such file or folder" in said.err
+
+
+def test_a_transformer_over_patches_takes_its_own_shape(tmp_path: Path) -> None:
+    patches = {"kind": "patch", "image": 6, "patch": 3, "channels": 1}
+    head = {"kind": "classification", "classes": 3, "pool": "mean"}
+    fields = {"width": 12, "depth": 1, "attention": {"heads": 2}, "embedding": patches, "causal": False, "head": head}
+    spec = validate(TransformerSpec, {**fields, "position": "learned"})
+    assert len(images_for(spec, stripes(tmp_path / "fit.npz")).test) == 20
+    for odd, sentence in (({"side": 9}, "takes 1 x 6 x 6"), ({"classes": 5}, "5 classes, and the model has 3")):
+        with pytest.raises(TorchstoneError, match=sentence):
+            images_for(spec, stripes(tmp_path / "odd.npz", **odd))
+
+
 def test_what_the_verb_refuses(cli: Cli, home: Path, tmp_path: Path) -> None:
     def refusal(*arguments: Any) -> str:
         said = cli("trust", "evaluate", *arguments)
@@ -91,7 +164,11 @@ def test_what_the_verb_refuses(cli: Cli, home: Path, tmp_path: Path) -> None:
     assert "which the model lacks" in refusal(home / "plain", "--attack", "adaptive-pgd")
     assert "steps: is 0" in refusal(home / "run", "--steps", "0")
     assert "epsilon: must be above 0" in refusal(home / "run", "--epsilon", "0")
-    assert "xi: 1 is outside" in refusal(home / "run", "--xi", "1", "--steps", "1")
+    for run in ("run", "plain"):
+        for xi in ("1", "-0.1", "nan"):
+            assert f"xi: {xi} is outside" in refusal(home / run, "--xi", xi)
+        for eta in ("nan", "-1", "inf"):
+            assert "each a number from 0 up" in refusal(home / run, "--eta", eta)
     assert "keep: 2 is no share" in refusal(home / "run", "--keep", "2")
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(home / "run", "--out", tmp_path / "file")

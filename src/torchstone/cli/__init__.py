@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -12,7 +14,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its status: 0 done, 1 a defect of ours, 2 bad input, 130/143 stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    sys.exit(_run([argument for argument in arguments if argument != "--debug"], debug))
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = _warned
+        status = _run([argument for argument in arguments if argument != "--debug"], debug)
+    sys.exit(status)
+
+
+def _warned(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of ours as one line, without the code that gave it; others as ever."""
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    text = f"torchstone: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(text)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

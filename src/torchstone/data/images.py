@@ -29,7 +29,7 @@ from torchstone.keys import Key
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Images", "ImagesDataSpec", "PreparedImages"]
+__all__ = ["Images", "ImagesDataSpec", "PreparedImages", "all_to_test"]
 
 _FORMAT = 1
 """Goes up whenever the same fields and files would give other images."""
@@ -73,29 +73,14 @@ class ImagesDataSpec(DataSpec):
             TorchstoneError: scikit-learn or Pillow is missing; a file that is no image, or of another size; says which.
         """
         name = self.source or str(self.path)
-        plain = os.path.expanduser(name)
-        if self.source is not None:
-            read = _digits()
-        else:
-            read = _folder(Path(plain), self.labels) if os.path.isdir(plain) else _array(Path(plain), self.labels)
-        pixels, label = read.pixels_NCII, read.label_N if self.labels else np.full_like(read.label_N, IGNORE)
-        _check(pixels, label if self.labels else None, name)
-        split_N = _split(read.split_N, self)
-        sizes = {"channels": pixels.shape[1], "image": pixels.shape[2]}
-        sizes |= {"classes": int(label.max()) + 1} if self.labels else {}
-        splits = {side: Images(pixels, label, np.flatnonzero(split_N == i)) for i, side in enumerate(_SPLITS)}
-        if not len(splits["train"]):
+        read = _digits() if self.source is not None else _read(name, self.labels)
+        label = read.label_N if self.labels else np.full_like(read.label_N, IGNORE)
+        _check(read.pixels_NCII, label if self.labels else None, name)
+        classes = int(label.max()) + 1 if self.labels else None
+        prepared = _prepared(name, read.pixels_NCII, label, _split(read.split_N, self), classes)
+        if not len(prepared.train):
             raise TorchstoneError(f"data images: {name} leaves no image to train on")
-        content = hashlib.blake2b(digest_size=16)
-        for array in (pixels, label, split_N):
-            content.update(np.ascontiguousarray(array).tobytes())
-        identity = digest(_FORMAT, pixels.shape, pixels.dtype, content.hexdigest())
-        counts = ", ".join(f"{side} {len(split):,}" for side, split in splits.items())
-        description = (
-            f"images {name}: {len(label):,} of {pixels.shape[1]} x {pixels.shape[2]} x {pixels.shape[3]}, "
-            f"{sizes.get('classes', 'no')} classes, hash {identity[:12]}; {counts}"
-        )
-        return PreparedImages(splits["train"], splits["valid"], splits["test"], description, identity, sizes)
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -148,14 +133,49 @@ class Images(Examples):
         }
 
 
+def all_to_test(path: str) -> PreparedImages:
+    """Images with labels in a folder or an .npz file, all of them as the test split. The number of classes is that of
+    the folders, or one more than the largest label.
+
+    Raises:
+        TorchstoneError: as `ImagesDataSpec.prepare`, but for images of one class alone.
+    """
+    read = _read(path, True)
+    _check(read.pixels_NCII, read.label_N, path, least=1)
+    classes = read.folders or int(read.label_N.max()) + 1
+    return _prepared(path, read.pixels_NCII, read.label_N, np.full(len(read.label_N), 2), classes)
+
+
+def _prepared(
+    name: str, pixels_NCII: np.ndarray, label_N: np.ndarray, split_N: np.ndarray, classes: int | None
+) -> PreparedImages:
+    sizes = {"channels": pixels_NCII.shape[1], "image": pixels_NCII.shape[2]}
+    sizes |= {} if classes is None else {"classes": classes}
+    splits = {side: Images(pixels_NCII, label_N, np.flatnonzero(split_N == i)) for i, side in enumerate(_SPLITS)}
+    content = hashlib.blake2b(digest_size=16)
+    for array in (pixels_NCII, label_N, split_N):
+        content.update(np.ascontiguousarray(array).tobytes())
+    identity = digest(_FORMAT, pixels_NCII.shape, pixels_NCII.dtype, content.hexdigest())
+    counts = ", ".join(f"{side} {len(split):,}" for side, split in splits.items())
+    kept = f"{' x '.join(map(str, pixels_NCII.shape[1:]))}, {'no' if classes is None else classes} classes"
+    description = f"images {name}: {len(label_N):,} of {kept}, hash {identity[:12]}; {counts}"
+    return PreparedImages(splits["train"], splits["valid"], splits["test"], description, identity, sizes)
+
+
 @dataclass(frozen=True)
 class _Read:
-    """Images as they were found: pixels uint8 or float32 (N, C, I, I), labels int64 (N,), and the split of those that
-    lie in one, -1 elsewhere."""
+    """Images as they were found: pixels uint8 or float32 (N, C, I, I), labels int64 (N,), the split of those that lie
+    in one, -1 elsewhere, and how many folders of classes there are, 0 where there are none."""
 
     pixels_NCII: np.ndarray
     label_N: np.ndarray
     split_N: np.ndarray
+    folders: int = 0
+
+
+def _read(name: str, labels: bool) -> _Read:
+    plain = os.path.expanduser(name)
+    return _folder(Path(plain), labels) if os.path.isdir(plain) else _array(Path(plain), labels)
 
 
 def _digits() -> _Read:
@@ -224,7 +244,7 @@ def _folder(root: Path, labels: bool) -> _Read:
         raise TorchstoneError(f"data images: no PNG or JPEG file in {'folders of ' if labels else ''}{root}")
     channels = max(len(one) for one in pixels)  # grey ones among coloured ones are coloured
     whole = np.stack([np.broadcast_to(one, (channels, *one.shape[1:])) for one in pixels])
-    return _Read(whole, np.array(label, np.int64), np.array(split))
+    return _Read(whole, np.array(label, np.int64), np.array(split), len(classes))
 
 
 def _file(path: Path) -> np.ndarray:
@@ -246,8 +266,8 @@ def _file(path: Path) -> np.ndarray:
     return array[None] if grey else array.transpose(2, 0, 1)
 
 
-def _check(pixels_NCII: np.ndarray, label_N: np.ndarray | None, name: str) -> None:
-    """Refuse what no classifier can be trained on, or without labels no model of images.
+def _check(pixels_NCII: np.ndarray, label_N: np.ndarray | None, name: str, least: int = 2) -> None:
+    """Refuse what no classifier can be trained on, or without labels no model of images. `least` is the fewest classes.
 
     Raises:
         TorchstoneError: says what is wrong.
@@ -259,7 +279,7 @@ def _check(pixels_NCII: np.ndarray, label_N: np.ndarray | None, name: str) -> No
         raise TorchstoneError(f"data images: {name} has images of {width} x {height} pixels; they must be square")
     if label_N is not None and (label_N.min() < 0 or label_N.max() > 1 << 20):
         raise TorchstoneError(f"data images: {name} has labels from {label_N.min()} to {label_N.max()}")
-    if label_N is not None and len(np.unique(label_N)) < 2:
+    if label_N is not None and len(np.unique(label_N)) < least:
         raise TorchstoneError(f"data images: {name} has images of one class alone; two are needed")
     if pixels_NCII.dtype != np.uint8 and not ((pixels_NCII >= 0) & (pixels_NCII <= 1)).all():
         raise TorchstoneError(f"data images: {name} has pixels that are not numbers from 0 to 1")

@@ -8,6 +8,8 @@ layers stay in the mode in which they are, and no taps are passed.
     pgd               Madry et al. 2018 (arXiv 1706.06083): signed gradient steps within a ball, restarts
     adaptive_pgd      PGD on cross-entropy + eta * log R-Con, for an attacker that knows the auxiliary head
     multi_target      a run of PGD for each likely wrong class (Gowal et al. 2019, arXiv 1910.09338)
+    gama              Sriramanan et al. 2020 (arXiv 2011.14969): PGD on the margin of probabilities, led away from
+                      those of the clean image at first
     carlini_wagner    Carlini and Wagner 2017 (arXiv 1608.04644): the nearest pixels, in L2, that evade
 
 B examples, C classes, S shortfalls; pixels are (B, ...), as the callable takes them.
@@ -35,6 +37,7 @@ __all__ = [
     "carlini_wagner",
     "cross_entropy_gain",
     "divergence_gain",
+    "gama",
     "log_rcon",
     "margin",
     "multi_target",
@@ -167,7 +170,8 @@ def adaptive_gain(classify: Classify, label_B: torch.Tensor, eta: float = 1.0) -
 
 
 def margin(logits_BC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """By how much the largest wrong logit exceeds the label's, (B,): above zero where the class is wrong."""
+    """By how much the largest wrong logit, or probability, exceeds the label's, (B,): above zero where the class is
+    wrong."""
     there_BC = F.one_hot(label_B, logits_BC.shape[1]).bool()
     return logits_BC.masked_fill(there_BC, -torch.inf).amax(1) - logits_BC.gather(1, label_B[:, None])[:, 0]
 
@@ -227,6 +231,49 @@ def multi_target(
         x = pgd(gain, pixels, ball, steps, step_size, key=None if key is None else key.fold("target", number))
         with torch.no_grad():
             best, most_B = _better(x, margin(at_least_float32(classify(x).logits), label_B), best, most_B)
+    return best
+
+
+def gama(
+    classify: Classify,
+    pixels: torch.Tensor,
+    label_B: torch.Tensor,
+    ball: Ball,
+    steps: int = 100,
+    weight: float = 50.0,
+    restarts: int = 1,
+    key: Key | None = None,
+) -> torch.Tensor:
+    """Guided adversarial margin attack: signed steps that raise max_{c != y} p_c - p_y + w ||p - p(clean)||^2 of the
+    probabilities p; of several restarts, for each example the one of the largest margin.
+
+    w falls in a straight line from `weight` to 0 over the first quarter of the steps; a step is 2 epsilon, a tenth of
+    that from 60 % of the steps on and a hundredth from 85 %. Starts are corners of the ball, each drawn from `key`, or
+    the image itself without one. (The authors' code measures the distance from its start, their paper from the image.)
+    """
+
+    def probs(x: torch.Tensor) -> torch.Tensor:
+        return at_least_float32(classify(x).logits).softmax(1)
+
+    with torch.no_grad():
+        clean_BC = probs(pixels)
+    best, most_B = pixels, None
+    for number in range(restarts if key is not None else 1):
+        x = pixels
+        if key is not None:
+            x = x + ball.epsilon * uniform(pixels, 1.0, key.fold("restart", number)).sign()
+        for step in range(steps):
+            w = weight * max(0.0, 1 - 4 * step / steps)
+            size = 2 * ball.epsilon / 10 ** sum(step >= share * steps for share in (0.6, 0.85))
+
+            def gain(x: torch.Tensor, w: float = w) -> torch.Tensor:
+                p_BC = probs(x)
+                return margin(p_BC, label_B) + w * (p_BC - clean_BC).square().sum(1)
+
+            x = ascend(gain, pixels, x, ball, 1, size)
+        with torch.no_grad():
+            found_B = margin(probs(x), label_B)
+        best, most_B = (x, found_B) if most_B is None else _better(x, found_B, best, most_B)
     return best
 
 

@@ -1,7 +1,8 @@
-"""What randomised smoothing certifies of a run's classifier, on its test split."""
+"""What randomised smoothing certifies of a run's classifier, on its test split or on other images."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torchstone.files import write_json
 from torchstone.keys import Key
 from torchstone.train.environment import choose_device
 from torchstone.train.run import RunFolder
+from torchstone.trust.images import images_for
 from torchstone.trust.model._classifier import classifies_images
 from torchstone.trust.smoothing import (
     ABSTAIN,
@@ -33,6 +35,7 @@ def certify(
     run: RunFolder,
     out: str | Path | None = None,
     *,
+    data: str | Path | None = None,
     sigma: float | None = None,
     n0: int = 100,
     n: int = 100_000,
@@ -48,6 +51,7 @@ def certify(
     Args:
         run: of a model of images.
         out: a folder that gets `REPORT`; None writes nothing.
+        data: a folder or an .npz file of images, all of which are the test split; None takes the run's own.
         sigma: of the noise; by default as in the run's training.
         n0, n, alpha, beta: see `SmoothedClassifier.certify`.
         radii: at which certified accuracy is reported.
@@ -65,8 +69,8 @@ def certify(
         raise TorchstoneError(f"{run.path}: its model ({spec.kind}) is no classifier of images")
     if limit is not None and limit < 1:
         raise TorchstoneError(f"limit: is {limit}, and must be 1 or more")
-    if not radii or min(radii) < 0:
-        raise TorchstoneError("radius: needs one or more, none below 0")
+    if not radii or not all(0 <= radius < math.inf for radius in radii):
+        raise TorchstoneError("radius: needs one or more, each a number from 0 up")
     if out is not None and Path(out).is_file():
         raise TorchstoneError(f"{out}: is a file, not a folder")
     recipe = run.recipe
@@ -75,7 +79,7 @@ def certify(
         raise TorchstoneError("sigma: a run that was trained without noise needs it said")
     where = choose_device(device)
     smoothed = SmoothedClassifier(run.model(device=where).eval(), noise)
-    prepared = recipe.data.prepare()
+    prepared = recipe.data.prepare() if data is None else images_for(spec, data)
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to certify")
     found: list[Certified] = []

@@ -1,6 +1,7 @@
 """How a trained classifier stands attacks: accuracy, and how well each score tells right from wrong predictions.
 
-The attacks know the model whole. Thresholds are those of clean images of the validation split.
+The attacks know the model whole. Thresholds are those of clean images of the run's own validation
+split.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from torchstone.trust.attacks import (
     adaptive_pgd,
     carlini_wagner,
     cross_entropy_gain,
+    gama,
     multi_target,
     pgd,
     shortfalls,
 )
+from torchstone.trust.images import images_for
 from torchstone.trust.model._classifier import classifies_images
-from torchstone.trust.rejection import accuracy_at, auc, calibrate, coupled, scores_of
+from torchstone.trust.rejection import accuracy_at, auc, calibrate, check_xi, coupled, scores_of
 
 __all__ = ["ATTACKS", "REPORT", "evaluate"]
 
-ATTACKS = ("pgd", "adaptive-pgd", "multi-target", "cw")
+ATTACKS = ("pgd", "adaptive-pgd", "multi-target", "gama", "cw")
 """Attacks by name; `none` is measured in any case."""
 REPORT = "trust.json"
 
@@ -42,6 +45,7 @@ def evaluate(
     attacks: Sequence[str] = ("pgd",),
     out: str | Path | None = None,
     *,
+    data: str | Path | None = None,
     epsilon: float | None = None,
     steps: int = 50,
     restarts: int = 1,
@@ -60,9 +64,10 @@ def evaluate(
         attacks: of `ATTACKS`. adaptive-pgd needs the auxiliary head; cw looks for the nearest pixels that are wrong
             and, with the head, keep R-Con above the threshold, whatever their distance.
         out: a folder that gets `REPORT`; None writes nothing.
+        data: a folder or an .npz file of images, all of which are the test split; None takes the run's own.
         epsilon: by how much a pixel may change; by default as in the run's training.
-        steps: of PGD.
-        restarts: of PGD, each from noise of its own.
+        steps: of PGD, and of what goes by it.
+        restarts: of pgd, adaptive-pgd and gama, each from noise of its own.
         etas: weights of log R-Con in adaptive-pgd; of the runs, the worst for each example counts.
         keep: share of right predictions that a threshold keeps.
         xi: of the coupled rule.
@@ -94,8 +99,9 @@ def evaluate(
     for field, value in numbers:
         if value < 1:
             raise TorchstoneError(f"{field}: is {value}, and must be 1 or more")
-    if not etas:
-        raise TorchstoneError("eta: needs one weight of log R-Con or more")
+    if not etas or not all(0 <= eta < math.inf for eta in etas):
+        raise TorchstoneError("eta: needs one weight of log R-Con or more, each a number from 0 up")
+    check_xi(xi)
     if out is not None and Path(out).is_file():
         raise TorchstoneError(f"{out}: is a file, not a folder")
     recipe = run.recipe
@@ -104,14 +110,15 @@ def evaluate(
         raise TorchstoneError("epsilon: must be above 0 and at most 1; a run that was trained without needs it said")
     where = choose_device(device)
     model: Any = run.model(device=where)
-    prepared = recipe.data.prepare()
+    own = recipe.data.prepare()
+    prepared = own if data is None else images_for(spec, data)
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to attack")
 
     def batches(split: Any, most: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(one["pixels"].to(where), one["label"].to(where)) for one in split.evaluation(batch, most)]
 
-    valid = _scored(model, batches(prepared.valid, None))
+    valid = _scored(model, batches(own.valid, None))
     thresholds = {}
     if valid is not None and bool(valid[1].any()):
         thresholds = {name: calibrate(score_B, valid[1], keep) for name, score_B in valid[0].items()}
@@ -128,6 +135,8 @@ def evaluate(
                 pixels = adaptive_pgd(model, pixels, label_B, ball, etas, steps, restarts=restarts, key=drawn)
             elif name == "multi-target":
                 pixels = multi_target(model, pixels, label_B, ball, steps=steps, key=drawn)
+            elif name == "gama":
+                pixels = gama(model, pixels, label_B, ball, steps, restarts=restarts, key=drawn)
             elif name == "cw":
                 pixels, distance_B = carlini_wagner(shortfalls(model, label_B, thresholds.get("rcon")), pixels)
                 distances.append(distance_B)

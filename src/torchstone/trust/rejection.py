@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from torchstone.data._examples import Examples
 from torchstone.errors import TorchstoneError
 from torchstone.ops import at_least_float32
 from torchstone.trust.model._classifier import Classified, classifies_images
@@ -34,6 +35,7 @@ __all__ = [
     "accuracy_at",
     "auc",
     "calibrate",
+    "check_xi",
     "coupled",
     "ideal_auxiliary",
     "scores_of",
@@ -93,14 +95,23 @@ def calibrate(score_B: torch.Tensor, right_B: torch.Tensor, keep: float = 0.95) 
     return float(of_right.sort(descending=True).values[rank - 1])
 
 
-def coupled(con_B: torch.Tensor, rcon_B: torch.Tensor, xi: float = 0.0) -> torch.Tensor:
-    """Where the coupled rule accepts: Con > 1 / (2 - xi) and R-Con > 1/2; bool (B,).
+def check_xi(xi: float) -> None:
+    """Refuse a xi that the coupled rule has no meaning for.
 
     Raises:
         TorchstoneError: xi is outside [0, 1).
     """
     if not 0 <= xi < 1:
         raise TorchstoneError(f"xi: {xi:g} is outside [0, 1)")
+
+
+def coupled(con_B: torch.Tensor, rcon_B: torch.Tensor, xi: float = 0.0) -> torch.Tensor:
+    """Where the coupled rule accepts: Con > 1 / (2 - xi) and R-Con > 1/2; bool (B,).
+
+    Raises:
+        TorchstoneError: xi is outside [0, 1).
+    """
+    check_xi(xi)
     return (con_B > 1 / (2 - xi)) & (rcon_B > 0.5)
 
 
@@ -172,8 +183,7 @@ class RejectingClassifier:
                 "RejectingClassifier: the model has no auxiliary head; set model.rejection and train with objective "
                 "rectified_rejection"
             )
-        if not 0 <= xi < 1:
-            raise TorchstoneError(f"xi: {xi:g} is outside [0, 1)")
+        check_xi(xi)
         self.model, self.xi = model.eval(), xi
         self.score, self.threshold = "rcon", None
 
@@ -181,19 +191,31 @@ class RejectingClassifier:
     threshold: float | None
 
     def calibrate(
-        self, batches: Iterable[Mapping[str, Any]] | Mapping[str, Any], keep: float = 0.95, score: str = "rcon"
+        self,
+        batches: Examples | Iterable[Mapping[str, Any]] | Mapping[str, Any],
+        keep: float = 0.95,
+        score: str = "rcon",
     ) -> RejectingClassifier:
         """This classifier, with the threshold that keeps a share `keep` of the right predictions on clean images.
 
         Args:
-            batches: with ``pixels`` and ``label``, as ``prepared.valid.evaluation(256)`` gives them; or one of them.
+            batches: a split of images, as ``prepared.valid``; or batches with ``pixels`` and ``label``, as its
+                ``evaluation(256)`` gives them; or one of them.
             keep: the share.
             score: con, rcon, auxiliary, entropy or energy.
 
         Raises:
-            TorchstoneError: no such score; no right prediction among the examples.
+            TorchstoneError: no such score; no right prediction among the examples; no examples at all.
         """
-        given = [batches] if isinstance(batches, Mapping) else list(batches)
+        if isinstance(batches, Examples):
+            batches = batches.evaluation(256)
+        given = [batches] if isinstance(batches, Mapping) or not isinstance(batches, Iterable) else list(batches)
+        for batch in given:
+            columns = [batch.get(name) for name in ("pixels", "label")] if isinstance(batch, Mapping) else [None]
+            if not all(isinstance(column, torch.Tensor) for column in columns):
+                raise TorchstoneError(
+                    "calibrate: needs a split of images, as data.valid, or batches with tensors pixels and label"
+                )
         found = [(self._scores(batch["pixels"]), batch["label"]) for batch in given]
         if not found:
             raise TorchstoneError("calibrate: there is no example to calibrate on")

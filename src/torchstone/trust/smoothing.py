@@ -18,6 +18,7 @@ N examples, S samples of one example, C classes; x is (N, ...).
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -121,6 +122,8 @@ class SmoothedClassifier:
         return Certified(torch.tensor(labels, dtype=torch.long), torch.tensor(radii, dtype=torch.float64))
 
     def _check(self, x: torch.Tensor, alpha: float, **counts: int) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise TorchstoneError(f"smoothing: x is a {type(x).__name__}; give a tensor of floats")
         if not x.is_floating_point():
             raise TorchstoneError(
                 f"smoothing: x is {x.dtype}, to which noise cannot be added; give floats in whose units sigma is, such "
@@ -129,8 +132,8 @@ class SmoothedClassifier:
         if not 0 < alpha < 1:
             raise TorchstoneError(f"alpha: is {alpha}, and must lie between 0 and 1")
         for name, count in counts.items():
-            if count < 1:
-                raise TorchstoneError(f"{name}: is {count}, and must be 1 or more")
+            if not isinstance(count, numbers.Integral) or count < 1:
+                raise TorchstoneError(f"{name}: is {count}, and must be a whole number of 1 or more")
         if isinstance(self.classify, torch.nn.Module) and self.classify.training:
             raise TorchstoneError("smoothing: the model is in training mode, in which its answers change; call eval()")
 

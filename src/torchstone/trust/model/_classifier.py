@@ -12,11 +12,11 @@ B examples, C classes, D features, K channels of a layer; pixels are (B, channel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from torchstone.errors import TorchstoneError
@@ -59,8 +59,19 @@ class ClassifierSpec(ModelSpec):
     """Channels of a pixel; null takes those of the data."""
     image: int | None = Field(None, ge=1, le=2**14)
     """Pixels of a side; null takes those of the data."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel inside the model, so that noise and attacks are in units of pixels; null is 0."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """What each channel is divided by after that; null is 1."""
     rejection: RejectionSpec | None = None
     """The auxiliary head of rectified rejection; null is none."""
+
+    @model_validator(mode="after")
+    def _standardised(self) -> ClassifierSpec:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != (self.channels or len(values)):
+                raise ValueError(f"{name}: has {len(values)} values, and a pixel {self.channels} channels")
+        return self
 
     def size(self, name: Literal["classes", "channels", "image"]) -> int:
         """A size that must be known by now.
@@ -138,8 +149,12 @@ class Classifier(nn.Module):
                 f"model {self.spec.kind}: takes images of {self.shape[0]} x {self.shape[1]} x {self.shape[2]}, "
                 f"got {' x '.join(map(str, pixels.shape[1:]))}"
             )
-        passing = Passing(taps)
-        features_BD = passing.tap("features", self.backbone(pixels.to(self.head.weight.dtype), passing))
+        x, passing = pixels.to(self.head.weight.dtype), Passing(taps)
+        if self.spec.mean is not None:
+            x = x - x.new_tensor(self.spec.mean)[:, None, None]
+        if self.spec.std is not None:
+            x = x / x.new_tensor(self.spec.std)[:, None, None]
+        features_BD = passing.tap("features", self.backbone(x, passing))
         logits_BC = passing.tap("logits", self.head(features_BD))
         auxiliary_B = None
         if self.rejection is not None:

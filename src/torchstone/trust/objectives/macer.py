@@ -12,7 +12,7 @@ Of K noisy copies x + d_k, d_k ~ N(0, sigma^2 I), with logits u_k and label y,
 A radius is raised only where the prediction is right, and only up to gamma, near which the slope of Phi^-1 explodes.
 `weight: 0` with one copy is training on Gaussian noise (Cohen et al. 2019, arXiv 1902.02918); with more copies
 the noise is averaged inside the logarithm. Noise is added to pixels, so that what standardises them belongs into the
-model. The noise of a batch is drawn by `prepare`, all copies at once.
+model (`model.mean`, `model.std`). The noise of a batch is drawn by `prepare`, all copies at once.
 
 B examples, K copies, C classes; pixels are (B, channels, I, I).
 """
@@ -55,6 +55,8 @@ class MACERSpec(ObjectiveSpec):
     """Up to where the radius is raised, in units of sigma / 2."""
     weight: float = Field(12.0, ge=0, le=1e4)
     """Weight of the radius (lambda); 0 is training on noise alone."""
+    weight_from: int = Field(0, ge=0, lt=10**8)
+    """Step from which the radius has its weight; before it the weight is 0."""
 
     def build(self, facts: Facts) -> Objective:
         return MACER(self, facts.classes)
@@ -66,7 +68,10 @@ class MACER(Objective):
 
     def __init__(self, spec: MACERSpec, classes: int | None = None) -> None:
         super().__init__()
-        self.spec, self.classes = spec, classes
+        self.spec, self.classes, self.step = spec, classes, 0
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        self.step = step
 
     def check(self, model: nn.Module) -> None:
         if not classifies_images(getattr(model, "spec", None)):
@@ -121,9 +126,10 @@ class MACER(Objective):
         ce_B = -(probs_BC.gather(1, label_B.clamp(min=0)[:, None])[:, 0] + _FLOOR).log()
         xi_B, active_B = self.radius(logits_BKC, label_B)
         short_B = torch.where(active_B, self.spec.sigma / 2 * (self.spec.gamma - xi_B), 0.0)
+        weight = self.spec.weight if self.step >= self.spec.weight_from else 0.0
         terms = {
             "cross_entropy": Term(torch.where(known_B, ce_B, 0.0).sum(), "examples"),
-            "radius": Term(short_B.sum(), "examples", self.spec.weight),
+            "radius": Term(short_B.sum(), "examples", weight),
         }
         metrics = {
             "noisy_accuracy": ((probs_BC.argmax(1) == label_B).sum(), known_B.sum()),

@@ -16,6 +16,9 @@ def main(
     sigma: Annotated[
         float | None, typer.Option(help="Standard deviation of the noise; by default as in training.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder or .npz file of images; by default the run's test split.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for certified.json.")] = None,
     n0: Annotated[int, typer.Option("--n0", help="Samples that choose the class.")] = 100,
     n: Annotated[int, typer.Option("--n", help="Samples that bound its probability.")] = 100_000,
@@ -27,7 +30,7 @@ def main(
         list[float] | None,
         typer.Option("--radius", help="Where to report certified accuracy (0, 0.25, 0.5, 0.75, 1)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only this many examples of the test split.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many examples.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")] = False,
@@ -39,6 +42,7 @@ def main(
     report = certify(
         RunFolder(run),
         out,
+        data=data,
         sigma=sigma,
         n0=n0,
         n=n,

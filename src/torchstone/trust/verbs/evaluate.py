@@ -13,7 +13,12 @@ __all__ = ["main"]
 
 def main(
     run: Annotated[Path, typer.Argument(help="A run directory of a classifier of images.")],
-    attack: Annotated[str, typer.Option(help="Some of pgd, adaptive-pgd, multi-target, cw, with commas.")] = "pgd",
+    attack: Annotated[
+        str, typer.Option(help="Some of pgd, adaptive-pgd, multi-target, gama, cw, with commas.")
+    ] = "pgd",
+    data: Annotated[
+        Path | None, typer.Option(help="A folder or .npz file of images; by default the run's test split.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for trust.json.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="By how much a pixel may change; by default as in training.")
@@ -26,7 +31,7 @@ def main(
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of right predictions that a threshold keeps.")] = 0.95,
     xi: Annotated[float, typer.Option(help="xi of the coupled rule.")] = 0.0,
-    limit: Annotated[int | None, typer.Option(help="Only this many examples of the test split.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many examples.")] = None,
     batch: Annotated[int, typer.Option(help="Examples at once.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the noise that attacks start from.")] = 0,
@@ -41,6 +46,7 @@ def main(
         RunFolder(run),
         [name.strip() for name in attack.split(",") if name.strip()],
         out,
+        data=data,
         epsilon=epsilon,
         steps=steps,
         restarts=restarts,
