@@ -179,6 +179,34 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path, fields: dict[str, Any
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    made = tiny.distilled(tmp_path)
+    bpe = {**made["data"], "tokenizer": {"kind": "bpe", "vocabulary": 270}}
+    teacher = tiny.saved(tmp_path / "bpe", tiny.recipe(tmp_path, data=bpe)).path
+
+    def refused(teacher: Path, tokenizer: Any) -> None:
+        recipe = {
+            **made,
+            "data": {**made["data"], "tokenizer": tokenizer},
+            "objective": {**made["objective"], "teacher": str(teacher)},
+        }
+        with pytest.raises(TorchstoneError) as caught:
+            train(recipe, out=tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+        assert str(caught.value) == (
+            f"objective minilm_v2: the teacher {teacher} was trained with another tokenizer; set data.tokenizer: "
+            f"{{kind: file, path: {teacher}/tokenizer.json}}"
+        )
+
+    refused(teacher, "bytes")
+    refused(teacher, {"kind": "bpe", "vocabulary": 265})  # the first ids are the same tokens
+    other = {**bpe, "corpus": {"kind": "text", "path": str(tiny.text(tmp_path / "other.txt", seed=1))}}
+    refused(tiny.saved(tmp_path / "of-other", tiny.recipe(tmp_path, data=other)).path, bpe["tokenizer"])
+    own = {"kind": "file", "path": f"{teacher}/tokenizer.json"}
+    recipe = {**made, "data": {**made["data"], "tokenizer": own}, "trainer": {**made["trainer"], "steps": 1}}
+    train({**recipe, "objective": {**made["objective"], "teacher": str(teacher)}}, out=tmp_path / "run", quiet=True)
+
+
 def test_students_and_teachers_that_do_not_go_together_are_named(tmp_path: Path) -> None:
     def said(student: nn.Module, teacher: nn.Module, **fields: Any) -> str:
         with pytest.raises(TorchstoneError) as caught:
