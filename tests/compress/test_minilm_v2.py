@@ -17,6 +17,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.site import initialise
 from torchstone.model.taps import Taps
+from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
 from torchstone.train import train
@@ -47,8 +48,6 @@ def captured(made: Transformer, layer: int, name: str) -> torch.Tensor:
     """(B, T, E), heads side by side."""
     path = f"encoder.layers.{layer}.attention.{name}"
     taps = Taps([path])
-    from torchstone.model.tokens import Tokens
-
     made(Tokens.of(IDS, valid=VALID), taps=taps)
     x = taps.seen[path]
     return torch.stack([torch.cat(list(row), -1) for row in x])
@@ -113,6 +112,19 @@ def test_relations_do_not_change_when_a_head_of_them_turns() -> None:
     torch.testing.assert_close(relation(x @ inside, x @ inside, keys, 2), plain, rtol=1e-5, atol=1e-5)
     assert (relation(x @ across, x @ across, keys, 2) - plain).abs().max() > 1e-2
     torch.testing.assert_close(plain.exp().sum(-1), torch.ones(1, 2, T))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_which_attention_head_a_channel_belongs_to_changes_nothing(heads: int) -> None:
+    student, teacher = model(1, depth=1), model(2, depth=1)
+    wanted, hidden = loss(student, teacher), student(Tokens.of(IDS, valid=VALID)).hidden
+    for which in (student, teacher):
+        other = model(3, depth=1, attention={"heads": heads, "bias": "all"})
+        other.load_state_dict(which.state_dict())
+        pair = (other, teacher) if which is student else (student, other)
+        torch.testing.assert_close(loss(*pair), wanted)
+        if which is student:
+            assert (other(Tokens.of(IDS, valid=VALID)).hidden - hidden).abs().max() > 1e-3  # attention is another one
 
 
 def test_more_padding_changes_nothing_and_documents_do_not_meet() -> None:
