@@ -188,6 +188,7 @@ def test_it_is_tuned_from_the_command_line(base: Path, tmp_path: Path, cli: Call
         ({"share": 0}, "adapt.share: .*greater than 0"),
         ({"share": 1.5}, "adapt.share: .*less than or equal to 1"),
         ({"scope": ["*.nothing.*"]}, r"adapt.scope: no parameter that trains is named '\*.nothing.\*'"),
+        ({"scope": []}, "adapt.scope: .*at least 1"),
         ({"form": "free"}, "adapt.form"),
     ],
 )

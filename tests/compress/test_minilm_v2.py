@@ -17,6 +17,7 @@ from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.model.site import initialise
 from torchstone.model.taps import Taps
+from torchstone.model.tokens import Tokens
 from torchstone.model.transformer import Transformer, TransformerSpec
 from torchstone.spec import validate
 from torchstone.train import train
@@ -47,8 +48,6 @@ def captured(made: Transformer, layer: int, name: str) -> torch.Tensor:
     """(B, T, E), heads side by side."""
     path = f"encoder.layers.{layer}.attention.{name}"
     taps = Taps([path])
-    from torchstone.model.tokens import Tokens
-
     made(Tokens.of(IDS, valid=VALID), taps=taps)
     x = taps.seen[path]
     return torch.stack([torch.cat(list(row), -1) for row in x])
@@ -115,6 +114,19 @@ def test_relations_do_not_change_when_a_head_of_them_turns() -> None:
     torch.testing.assert_close(plain.exp().sum(-1), torch.ones(1, 2, T))
 
 
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_which_attention_head_a_channel_belongs_to_changes_nothing(heads: int) -> None:
+    student, teacher = model(1, depth=1), model(2, depth=1)
+    wanted, hidden = loss(student, teacher), student(Tokens.of(IDS, valid=VALID)).hidden
+    for which in (student, teacher):
+        other = model(3, depth=1, attention={"heads": heads, "bias": "all"})
+        other.load_state_dict(which.state_dict())
+        pair = (other, teacher) if which is student else (student, other)
+        torch.testing.assert_close(loss(*pair), wanted)
+        if which is student:
+            assert (other(Tokens.of(IDS, valid=VALID)).hidden - hidden).abs().max() > 1e-3  # attention is another one
+
+
 def test_more_padding_changes_nothing_and_documents_do_not_meet() -> None:
     student, teacher = model(1), model(2)
     made = objective(teacher)
@@ -177,6 +189,34 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path, fields: dict[str, Any
     with pytest.raises(TorchstoneError, match=message) as caught:
         train(tiny.distilled(tmp_path, objective=fields), out=tmp_path / "run", quiet=True)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    made = tiny.distilled(tmp_path)
+    bpe = {**made["data"], "tokenizer": {"kind": "bpe", "vocabulary": 270}}
+    teacher = tiny.saved(tmp_path / "bpe", tiny.recipe(tmp_path, data=bpe)).path
+
+    def refused(teacher: Path, tokenizer: Any) -> None:
+        recipe = {
+            **made,
+            "data": {**made["data"], "tokenizer": tokenizer},
+            "objective": {**made["objective"], "teacher": str(teacher)},
+        }
+        with pytest.raises(TorchstoneError) as caught:
+            train(recipe, out=tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+        assert str(caught.value) == (
+            f"objective minilm_v2: the teacher {teacher} was trained with another tokenizer; set data.tokenizer: "
+            f"{{kind: file, path: {teacher}/tokenizer.json}}"
+        )
+
+    refused(teacher, "bytes")
+    refused(teacher, {"kind": "bpe", "vocabulary": 265})  # the first ids are the same tokens
+    other = {**bpe, "corpus": {"kind": "text", "path": str(tiny.text(tmp_path / "other.txt", seed=1))}}
+    refused(tiny.saved(tmp_path / "of-other", tiny.recipe(tmp_path, data=other)).path, bpe["tokenizer"])
+    own = {"kind": "file", "path": f"{teacher}/tokenizer.json"}
+    recipe = {**made, "data": {**made["data"], "tokenizer": own}, "trainer": {**made["trainer"], "steps": 1}}
+    train({**recipe, "objective": {**made["objective"], "teacher": str(teacher)}}, out=tmp_path / "run", quiet=True)
 
 
 def test_students_and_teachers_that_do_not_go_together_are_named(tmp_path: Path) -> None:

@@ -112,6 +112,31 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert "b.png is in no folder of a class" in refusal()
 
 
+def test_files_of_several_sizes_are_made_squares_of_one(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    small = rng.integers(0, 256, (6, 6), dtype=np.uint8)
+    for name, array in (("a/0", noise), ("b/1", noise.swapaxes(0, 1)), ("b/2", small)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    spec = ImagesDataSpec(path=str(tmp_path), image=6, valid=0, test=0)
+    data = spec.prepare()
+    assert data.sizes == {"classes": 2, "channels": 3, "image": 6} and data.train._pixels.dtype == np.uint8
+    found = every(data.train)["pixels"]
+    resized = np.asarray(Image.fromarray(noise).resize((10, 6), Image.Resampling.BICUBIC))[:, 2:8]
+    wanted = torch.from_numpy(resized.copy()).permute(2, 0, 1) / 255
+    assert torch.allclose(found[0], wanted, atol=1.01 / 255)
+    assert torch.allclose(found[1], wanted.mT, atol=1.01 / 255)
+    assert torch.equal(found[2], (torch.from_numpy(small) / 255).expand(3, 6, 6))  # it has that size already
+    assert spec.model_copy(update={"image": 4}).prepare().hash != data.hash
+    with pytest.raises(TorchstoneError, match=r"the first image 20 x 12; data.image resizes all"):
+        ImagesDataSpec(path=str(tmp_path)).prepare()
+    for fields in ({"source": "digits"}, {"path": "x.npz"}):
+        with pytest.raises(TorchstoneError, match="image: files alone are resized"):
+            load_recipe({"data": {"kind": "images", "image": 8, **fields}})
+
+
 def test_without_labels_no_class_is_asked_for(tmp_path: Path) -> None:
     np.savez(tmp_path / "some.npz", x=np.zeros((9, 4, 4)))
     data = ImagesDataSpec(path=str(tmp_path / "some.npz"), labels=False).prepare()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tiny
-from torchstone.data.labelled import LabelledDataSpec, PreparedLabelled
+from torchstone.data.labelled import LabelledDataSpec, PreparedLabelled, read
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
 from torchstone.spec import resolve, validate
@@ -68,6 +68,56 @@ def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
     table.write_text("text\tlabel\nabc\ty\nde\n")
     with pytest.raises(TorchstoneError, match=r"a.tsv' line 3: 1 columns, the header has 2"):
         ready(table)
+
+
+GLUE: dict[str, tuple[str, dict[str, Any], list[tuple[str, ...]], tuple[str, ...]]] = {
+    "CoLA": (
+        'gj04\t1\t\tThe ship sank.\nks08\t0\t*\tThe ship sank it "down.\n',
+        {"columns": ["source", "label", "star", "sentence"], "text": "sentence"},
+        [("The ship sank.",), ('The ship sank it "down.',)],
+        ("0", "1"),
+    ),
+    "MRPC": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+        '1\t702\t703\tHe said "no.\tHe refused.\r\n0\t21\t22\tRain fell.\tIt was dry.\r\n',
+        {"text": "#1 String", "second": "#2 String", "label": "Quality"},
+        [('He said "no.', "He refused."), ("Rain fell.", "It was dry.")],
+        ("0", "1"),
+    ),
+    "RTE": (
+        "index\tsentence1\tsentence2\tlabel\n"
+        "0\tA cat sat.\tA cat flew.\tnot_entailment\n1\tHe ran.\tHe moved.\tentailment\n",
+        {"text": "sentence1", "second": "sentence2"},
+        [("A cat sat.", "A cat flew."), ("He ran.", "He moved.")],
+        ("entailment", "not_entailment"),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_tables_of_glue_are_read_as_they_come(tmp_path: Path, task: str) -> None:
+    content, fields, texts, classes = GLUE[task]
+    table = tmp_path / "train.tsv"
+    table.write_bytes(content.encode())
+    spec = validate(LabelledDataSpec, {"path": str(table), "tokenizer": "bytes", **fields})
+    assert [example.texts for example in read(spec, str(table))] == texts
+    data = ready(table, valid=str(table), test=str(table), block=64, **fields)
+    assert data.classes == classes and len(data.train) == 2
+
+
+def test_columns_that_do_not_go_with_the_files_are_one_sentence(tmp_path: Path) -> None:
+    table = tmp_path / "a.tsv"
+    table.write_text("s\t1\t\tabc\ns\t0\tabc\n")
+    for columns, message in (
+        (["source", "label", "star", "text"], r"a.tsv' line 2: 3 columns, data.columns names 4"),
+        (["source", "label", "star", "other"], r"a.tsv' line 1: no field 'text'; fields: source, label, star, other"),
+        (["label", "label", "star", "text"], "columns: 'label' is there twice"),
+        ([], "columns"),
+    ):
+        with pytest.raises(TorchstoneError, match=message):
+            ready(table, columns=columns)
+    with pytest.raises(TorchstoneError, match=r"columns: .*a\.jsonl is no table \(\.tsv\)"):
+        ready(tmp_path / "a.jsonl", columns=["label", "text"])
 
 
 def test_without_files_of_their_own_valid_and_test_are_shares_by_content(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from torchstone.data import Tokenizer, TokenizerSpec
 from torchstone.data import tokenizer as module
+from torchstone.data.infilling import with_sentinels
 from torchstone.data.store import Cache
 from torchstone.data.tokenizers.bpe import BpeSpec
 from torchstone.data.tokenizers.bytes import BytesSpec
@@ -175,6 +176,15 @@ def test_any_tokenizer_file_loads(tmp_path: Path) -> None:
         assert "".join(stream.add(token) for token in tokenizer.encode("hello worlds hello")) == "hello worlds hello"
         with pytest.raises(TorchstoneError, match="not byte-level"):
             tokenizer.token_bytes()
+
+
+def test_tokenizers_agree_whose_ids_are_the_same_tokens(ours: Tokenizer, tmp_path: Path) -> None:
+    more = with_sentinels(ours)
+    ours.save(tmp_path)
+    assert ours.agrees(Tokenizer.load(tmp_path)) and ours.agrees(more)
+    assert not more.agrees(ours)  # there is nothing for its last ids
+    word = Tokenizer(wordpiece(tmp_path), {})
+    assert word.agrees(word) and not ours.agrees(word) and not word.agrees(ours)
 
 
 def test_the_configuration_beside_a_file_names_the_separator(tmp_path: Path) -> None:

@@ -199,6 +199,16 @@ def test_arms_are_trained_as_a_comparison(tmp_path: Path, monkeypatch: pytest.Mo
         run_claim(claim(BETTER, arms=arms), "gpu")
 
 
+@pytest.mark.parametrize(
+    ("slug", "name"), [("minilm-v2", "other-heads-another-width"), ("child-tuning", "few-noisy-examples")]
+)
+def test_a_function_says_which_scales_it_has(slug: str, name: str) -> None:
+    found = find_paper(slug).claim(name)
+    assert found is not None
+    with pytest.raises(TorchstoneError, match=f"claim {name}: has no scale gpu; it has quick, evidence"):
+        run_claim(found, "gpu")
+
+
 # ----------------------------------------------------------------------------------------------- every paper
 
 

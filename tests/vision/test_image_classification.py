@@ -116,6 +116,20 @@ def test_a_recipe_trains_with_crops_mirrors_and_mixtures_and_says_its_accuracy(t
     assert any(0 <= row.get("accuracy", -1) <= 1 for row in rows) and any("valid_accuracy" in row for row in rows)
 
 
+@pytest.mark.parametrize("image", [4, 12])
+def test_a_folder_is_tuned_at_another_resolution(tmp_path: Path, image: int) -> None:
+    plain = tuning(tmp_path, views={"crop": 0.5, "flip": True})
+    plain["model"] = {**plain["model"], "embedding": {**plain["model"]["embedding"], "image": image}}
+    trainer = make_trainer(load_recipe(plain))[0]
+    batch = trainer.source.train.batch(Key(0), 0, 3)
+    assert batch["pixels"].shape[-1] == 8
+    assert trainer.objective.train().prepare(batch, Key(1))["pixels"].shape == (3, 1, image, image)
+    whole = trainer.objective.eval().prepare(batch, Key(1))["pixels"]
+    wanted = F.interpolate(batch["pixels"], (image, image), mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(whole, wanted)
+    assert any("valid_accuracy" in row for row in trainer.fit())
+
+
 def test_what_has_no_pictures_with_labels_is_refused() -> None:
     with pytest.raises(TorchstoneError, match="needs pictures with labels"):
         ImageClassificationSpec().build(Facts())

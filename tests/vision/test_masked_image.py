@@ -24,7 +24,7 @@ from torchstone.objectives import Facts
 from torchstone.recipe import load_recipe
 from torchstone.spec import validate
 from torchstone.train import train
-from torchstone.train.run import RunFolder
+from torchstone.train.run import RunFolder, shape_of
 from torchstone.train.training import make_trainer
 from torchstone.vision.objectives.masked_image import MaskedImage, MaskedImageSpec
 from torchstone.vision.tokenizers import KMeansTokenizer
@@ -231,6 +231,18 @@ def test_published_sizes(size: int, heads: int, wanted: float) -> None:
     head = sum(p.numel() for p in model.head.parameters())
     assert every - head == pytest.approx(wanted, rel=0.002)
     assert size != 768 or every == pytest.approx(91.97e6, rel=0.001)
+
+
+def test_the_recipe_is_the_published_pre_training() -> None:
+    recipe: Any = load_recipe("beit")
+    model: Any = shape_of(recipe.model)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == 91.97
+    assert recipe.objective.mask.target(recipe.model.embedding.side) == 75
+    epoch = 1_281_167 // recipe.trainer.batch
+    assert (recipe.trainer.steps, recipe.schedule.warmup) == (800 * epoch, 10 * epoch)
+    assert recipe.optimizer.lr * recipe.schedule.end == pytest.approx(1e-5, rel=1e-3)
+    assert (recipe.model.drop_path, recipe.trainer.clip, recipe.optimizer.weight_decay) == (0.1, 3.0, 0.05)
+    assert recipe.objective.views.dump() == {"crop": 0.08, "flip": True, "jitter": 0.4}
 
 
 def test_a_table_of_another_side_goes_through_the_old_values() -> None:

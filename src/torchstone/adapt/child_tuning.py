@@ -42,10 +42,10 @@ class ChildTuningSpec(AdaptSpec):
     """Masks drawn each step (Child-Tuning_F), or one by Fisher information (Child-Tuning_D)."""
     share: float = Field(0.3, gt=0, le=1)
     """p, share of the masked elements that moves."""
-    scope: tuple[str, ...] = ("*.layers.*",)
+    scope: tuple[str, ...] = Field(("*.layers.*",), min_length=1)
     """Patterns of the parameters that are masked; all else, as embeddings and the head, is tuned in full."""
     fisher: Literal["batch", "example"] = "batch"
-    """Whose gradient is squared: a batch's, as published, or each example's."""
+    """Whose gradient is squared: that of a micro-batch (`trainer.batch` examples), as published, or each example's."""
     examples: int | None = Field(None, ge=1)
     """Examples that Fisher information is estimated on; None takes the whole training split."""
     decay: Literal["children", "all"] = "children"

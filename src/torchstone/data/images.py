@@ -1,7 +1,8 @@
 """Images, with a label each or without: scikit-learn's digits, folders of files, or arrays.
 
 Where files lie in folders ``train``, ``valid`` and ``test``, each of them with a folder a class, these are the splits.
-Otherwise, and for what is missing of them, shares are drawn by `seed`. All images are kept in memory.
+Otherwise, and for what is missing of them, shares are drawn by `seed`. All images are kept in memory, those of files as
+bytes: ImageNet's 1.28 million at 224 x 224 x 3 would be about 190 GB, so what fits is a part of it.
 
 N images of all splits, B images of a batch, C channels, I pixels of a side.
 """
@@ -48,6 +49,9 @@ class ImagesDataSpec(DataSpec):
     path: str | None = Field(None, min_length=1)
     """A folder with a folder of PNG or JPEG files for each class, or with such folders in train, valid and test; or an
     .npz file of `x`, (N, I, I) or (N, C, I, I), bytes or floats from 0 to 1, and `y`, (N,), numbers of classes."""
+    image: int | None = Field(None, ge=1, le=2**14)
+    """Pixels that the shorter side of each file is resized to (bicubic), of which the central square is cut out: for
+    files of several sizes, or not square. None takes files as they are, all of one size."""
     valid: float = Field(0.1, ge=0, lt=1)
     """Share of the images that is for validation, where they do not lie in folders of their own."""
     test: float = Field(0.2, ge=0, lt=1)
@@ -62,6 +66,8 @@ class ImagesDataSpec(DataSpec):
     def _one_source(self) -> ImagesDataSpec:
         if (self.source is None) == (self.path is None):
             raise ValueError("needs either source or path")
+        if self.image is not None and (self.path is None or self.path.endswith(".npz")):
+            raise ValueError("image: files alone are resized, and these are arrays")
         if self.valid + self.test >= 1:
             raise ValueError(f"valid + test is {self.valid + self.test:g}, which leaves nothing to train on")
         return self
@@ -73,7 +79,7 @@ class ImagesDataSpec(DataSpec):
             TorchstoneError: scikit-learn or Pillow is missing; a file that is no image, or of another size; says which.
         """
         name = self.source or str(self.path)
-        read = _digits() if self.source is not None else _read(name, self.labels)
+        read = _digits() if self.source is not None else _read(name, self.labels, self.image)
         label = read.label_N if self.labels else np.full_like(read.label_N, IGNORE)
         _check(read.pixels_NCII, label if self.labels else None, name)
         classes = int(label.max()) + 1 if self.labels else None
@@ -133,14 +139,14 @@ class Images(Examples):
         }
 
 
-def all_to_test(path: str) -> PreparedImages:
-    """Images with labels in a folder or an .npz file, all of them as the test split. The number of classes is that of
-    the folders, or one more than the largest label.
+def all_to_test(path: str, size: int | None = None) -> PreparedImages:
+    """Images with labels in a folder or an .npz file, all of them as the test split; `size` as `ImagesDataSpec.image`.
+    The number of classes is that of the folders, or one more than the largest label.
 
     Raises:
         TorchstoneError: as `ImagesDataSpec.prepare`, but for images of one class alone.
     """
-    read = _read(path, True)
+    read = _read(path, True, size)
     _check(read.pixels_NCII, read.label_N, path, least=1)
     classes = read.folders or int(read.label_N.max()) + 1
     return _prepared(path, read.pixels_NCII, read.label_N, np.full(len(read.label_N), 2), classes)
@@ -173,9 +179,9 @@ class _Read:
     folders: int = 0
 
 
-def _read(name: str, labels: bool) -> _Read:
+def _read(name: str, labels: bool, size: int | None) -> _Read:
     plain = os.path.expanduser(name)
-    return _folder(Path(plain), labels) if os.path.isdir(plain) else _array(Path(plain), labels)
+    return _folder(Path(plain), labels, size) if os.path.isdir(plain) else _array(Path(plain), labels)
 
 
 def _digits() -> _Read:
@@ -220,7 +226,7 @@ def _array(path: Path, labels: bool) -> _Read:
     return _Read(pixels[:, None] if x.ndim == 3 else pixels, y.astype(np.int64), np.full(len(y), -1))
 
 
-def _folder(root: Path, labels: bool) -> _Read:
+def _folder(root: Path, labels: bool, size: int | None) -> _Read:
     own = (root / "train").is_dir()
     homes = [(i, root / side) for i, side in enumerate(_SPLITS) if (root / side).is_dir()] if own else [(-1, root)]
     classes = sorted(
@@ -234,12 +240,14 @@ def _folder(root: Path, labels: bool) -> _Read:
                 continue
             if labels and (not slash or name not in classes):
                 raise TorchstoneError(f"data images: {file.path} is in no folder of a class of {homes[0][1]}")
-            pixels.append(_file(file.path))
+            pixels.append(_file(file.path, size))
             label.append(classes.index(name) if labels else 0)
             split.append(side)
             if pixels[-1].shape[1:] != pixels[0].shape[1:]:
                 sizes = ["{1} x {0}".format(*one.shape[1:]) for one in (pixels[-1], pixels[0])]
-                raise TorchstoneError(f"data images: {file.path} is {sizes[0]} pixels, the first image {sizes[1]}")
+                raise TorchstoneError(
+                    f"data images: {file.path} is {sizes[0]} pixels, the first image {sizes[1]}; data.image resizes all"
+                )
     if not pixels:
         raise TorchstoneError(f"data images: no PNG or JPEG file in {'folders of ' if labels else ''}{root}")
     channels = max(len(one) for one in pixels)  # grey ones among coloured ones are coloured
@@ -247,10 +255,11 @@ def _folder(root: Path, labels: bool) -> _Read:
     return _Read(whole, np.array(label, np.int64), np.array(split), len(classes))
 
 
-def _file(path: Path) -> np.ndarray:
-    """Bytes (C, I, I) of a file, one channel if it is grey, else red, green and blue."""
+def _file(path: Path, size: int | None) -> np.ndarray:
+    """Bytes (C, I, I) of a file, one channel if it is grey, else red, green and blue; with a size resized to it, and
+    the central square of it."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise TorchstoneError("data images: PNG and JPEG files need Pillow: pip install pillow") from None
     try:
@@ -258,7 +267,8 @@ def _file(path: Path) -> np.ndarray:
             if image.mode[0] in "IF":
                 raise TorchstoneError(f"data images: {path} has more than 8 bits a channel")
             grey = image.mode in ("1", "L", "LA")
-            array = np.asarray(image.convert("L" if grey else "RGB"))
+            plain = image.convert("L" if grey else "RGB")
+            array = np.asarray(plain if size is None else ImageOps.fit(plain, (size, size), Image.Resampling.BICUBIC))
     except TorchstoneError:
         raise
     except Exception as error:  # of a broken file Pillow raises whatever its decoder meets
@@ -276,7 +286,8 @@ def _check(pixels_NCII: np.ndarray, label_N: np.ndarray | None, name: str, least
         raise TorchstoneError(f"data images: {name} has no image")
     height, width = pixels_NCII.shape[2:]
     if height != width or not height:
-        raise TorchstoneError(f"data images: {name} has images of {width} x {height} pixels; they must be square")
+        found = f"data images: {name} has images of {width} x {height} pixels"
+        raise TorchstoneError(f"{found}; they must be square, as data.image makes files")
     if label_N is not None and (label_N.min() < 0 or label_N.max() > 1 << 20):
         raise TorchstoneError(f"data images: {name} has labels from {label_N.min()} to {label_N.max()}")
     if label_N is not None and len(np.unique(label_N)) < least:

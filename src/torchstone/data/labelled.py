@@ -1,7 +1,8 @@
 """Labelled texts: a text, or two of them, and the class that it belongs to.
 
-Files are JSON lines with the fields ``text`` and ``label``, or tables with a header and tabs (``.tsv``), as GLUE has
-them. A label is a string or a whole number; classes are numbered in their order. An example becomes one row
+Files are JSON lines with the fields ``text`` and ``label``, or tables with tabs (``.tsv``), as GLUE has them: with a
+header, after a byte-order mark or not, or without one and `columns` says what it would. A label is a string or a whole
+number; classes are numbered in their order. An example becomes one row
 
     separator text separator [second separator]
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
@@ -67,6 +68,8 @@ class LabelledDataSpec(DataSpec):
     """The field that holds a second text, for tasks on pairs."""
     label: str = Field("label", min_length=1)
     """The field that holds the class."""
+    columns: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the columns of tables without a header; None takes each table's first line."""
     per_class: int | None = Field(None, ge=1)
     """Examples of each class that are trained on, at most, drawn by `seed`; None takes all."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -77,6 +80,15 @@ class LabelledDataSpec(DataSpec):
     """Tokens of a row, at most."""
     cache: str | None = None
     """Folder of the cache of trained tokenizers; without it $TORCHSTONE_CACHE, else ~/.cache/torchstone."""
+
+    @model_validator(mode="after")
+    def _columns_of_tables(self) -> LabelledDataSpec:
+        if self.columns is not None:
+            if repeated := [name for name, count in Counter(self.columns).items() if count > 1]:
+                raise ValueError(f"columns: {repeated[0]!r} is there twice")
+            if others := [path for path in self._files() if not path.endswith(".tsv")]:
+                raise ValueError(f"columns: {others[0]} is no table (.tsv)")
+        return self
 
     def prepare(self, progress: Callable[[str], None] | None = None) -> PreparedLabelled:
         """The splits.
@@ -94,10 +106,8 @@ class LabelledDataSpec(DataSpec):
         train = self._drawn(found["train"])
         if absent := [str(name) for name in names if name not in {example.label for example in train}]:
             raise TorchstoneError(f"data: no example of class {', '.join(absent[:5])} to train on in {self._where()}")
-        files = [path for path in (self.path, self.valid, self.test) if path is not None]
-        of = [part for path in files for part in ([path] if isinstance(path, str) else path)]
         settings = [self.text, self.second or "", self.label, str(self.per_class), str(self.seed)]
-        content = fingerprint(find(of, ".jsonl"), self.kind, *settings)
+        content = fingerprint(find(self._files(), ".jsonl"), self.kind, *settings, *(self.columns or ()))
         root = self.cache or os.environ.get("TORCHSTONE_CACHE") or "~/.cache/torchstone"
         with Cache(Path(root).expanduser()) as cache:
             tokenizer = self.tokenizer.load(
@@ -115,6 +125,10 @@ class LabelledDataSpec(DataSpec):
             f"{self.block:,} tokens"
         )
         return PreparedLabelled(tokenizer, **splits, description=description, hash=content, classes=names)
+
+    def _files(self) -> list[str]:
+        paths = [path for path in (self.path, self.valid, self.test) if path is not None]
+        return [part for path in paths for part in ([path] if isinstance(path, str) else path)]
 
     def _where(self) -> str:
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
@@ -239,7 +253,7 @@ def read(spec: LabelledDataSpec, path: str | Sequence[str]) -> Iterator[Labelled
         TorchstoneError: a file cannot be read, or a line is no example; says which.
     """
     fields = [spec.text] if spec.second is None else [spec.text, spec.second]
-    for where, record in _records(path):
+    for where, record in _records(path, spec.columns):
         texts = tuple(text_of(record, field, where, utf8=True) for field in fields)
         if spec.label not in record:
             raise TorchstoneError(f"{where}: no field {spec.label!r}; fields: {', '.join(list(record)[:10]) or 'none'}")
@@ -251,20 +265,20 @@ def read(spec: LabelledDataSpec, path: str | Sequence[str]) -> Iterator[Labelled
         yield Labelled(texts, label)
 
 
-def _records(path: str | Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each example stands, and its fields."""
+def _records(path: str | Sequence[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each example stands, and its fields; `columns` names those of tables without a header."""
     for one in [path] if isinstance(path, str) else path:
         if not one.endswith(".tsv"):
             yield from ((where, record) for _, where, record in lines(one))
             continue
         try:
-            with open(one, encoding="utf-8", newline="") as file:
+            with open(one, encoding="utf-8-sig", newline="") as file:
                 rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-                header = next(rows, [])
-                for number, row in enumerate(rows, 2):
+                header = next(rows, []) if columns is None else columns
+                for number, row in enumerate(rows, 2 if columns is None else 1):
                     if len(row) != len(header):
-                        columns = f"{len(row)} columns, the header has {len(header)}"
-                        raise TorchstoneError(f"{one!r} line {number}: {columns}")
+                        who = "the header has" if columns is None else "data.columns names"
+                        raise TorchstoneError(f"{one!r} line {number}: {len(row)} columns, {who} {len(header)}")
                     yield f"{one!r} line {number}", dict(zip(header, row, strict=True))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise TorchstoneError(f"cannot read {one!r}: {getattr(error, 'strerror', None) or error}") from None

@@ -181,6 +181,13 @@ class Tokenizer:
         """Number of ids: one more than the largest."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def agrees(self, other: Tokenizer) -> bool:
+        """Whether each id is the same token there. The other may have more special tokens, and no others."""
+        (own, own_all), (theirs, theirs_all) = (
+            [each.backend.get_vocab(with_added_tokens=added) for added in (False, True)] for each in (self, other)
+        )
+        return own == theirs and own_all.items() <= theirs_all.items()
+
     def _special(self, *names: str) -> int | None:
         """The id of the first of these entries of the configuration that the vocabulary has."""
         for name in names:

@@ -44,6 +44,7 @@ class Facts:
         model: spec of the model that is trained, for an objective with a network like it.
         frequencies: gives how often each token is in the training split, int64 (V,); None where there are no tokens.
         tokenizer: turns ids into text, None where the data are no text.
+        tokenizer_of: the tokenizer of a run's directory, None where the run has none; None where runs are out of reach.
         rows: columns of each example by its number, None where the data keep none.
     """
 
@@ -57,6 +58,7 @@ class Facts:
     model: Any = None
     frequencies: Callable[[], torch.Tensor] | None = None
     tokenizer: Any = None
+    tokenizer_of: Callable[[str], Any] | None = None
     rows: Mapping[int, Mapping[str, Any]] | None = None
 
 

@@ -18,7 +18,8 @@ def reference_of(kind: str, what: str, run: str | None, facts: Facts) -> nn.Modu
     """The model of a run that an objective reads, what it is called in messages.
 
     Raises:
-        TorchstoneError: no run is named or none can be loaded here; it knows fewer tokens than the tokenizer has.
+        TorchstoneError: no run is named or none can be loaded here; it knows fewer tokens than the tokenizer has, or
+            others.
     """
     if run is None:
         raise TorchstoneError(f"objective {kind}: needs a {what}: the directory of a run, or the recipe's init_from")
@@ -30,6 +31,12 @@ def reference_of(kind: str, what: str, run: str | None, facts: Facts) -> nn.Modu
         raise TorchstoneError(
             f"objective {kind}: the {what} {run} knows {known:,} tokens, fewer than the tokenizer's "
             f"{facts.vocabulary:,}"
+        )
+    theirs = None if facts.tokenizer_of is None or facts.tokenizer is None else facts.tokenizer_of(run)
+    if theirs is not None and not facts.tokenizer.agrees(theirs):
+        raise TorchstoneError(
+            f"objective {kind}: the {what} {run} was trained with another tokenizer; set data.tokenizer: "
+            f"{{kind: file, path: {run}/tokenizer.json}}"
         )
     return model
 

@@ -188,6 +188,7 @@ class Claim:
         arms: the comparison that measures it, and / or
         run: a function of the scale and the first seed that measures it; its attribute `builds` names modules whose
             source counts as that of the claim's parts.
+        scales: those that `run` has.
         withdrawn: why a later id takes its place; its verdict stays listed.
     """
 
@@ -198,6 +199,7 @@ class Claim:
     gates: tuple[Number | Effect, ...]
     arms: Arms | None = None
     run: Callable[[Scale, int], Measured] | None = None
+    scales: tuple[Scale, ...] = ("quick", "evidence", "gpu")
     withdrawn: str | None = None
 
 

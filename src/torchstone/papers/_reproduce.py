@@ -113,6 +113,8 @@ def run_claim(
     began = time.perf_counter()
     numbers: dict[str, float] = {}
     cells: list[dict[str, Any]] = []
+    if scale not in claim.scales:
+        raise TorchstoneError(f"claim {claim.id}: has no scale {scale}; it has {', '.join(claim.scales)}")
     if claim.run is not None:
         found = claim.run(scale, FIRST_SEED[scale])
         numbers |= {name: float(value) for name, value in found.numbers.items()}

@@ -272,6 +272,7 @@ FEW = Claim(
         ),
     ),
     run=_few,
+    scales=("quick", "evidence"),
 )
 
 PAPER = Paper(

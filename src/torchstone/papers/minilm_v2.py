@@ -138,7 +138,6 @@ _SIZES = {
     "quick": _Size(50, 20, 20, 1, 1, (3e-3,)),
     "evidence": _Size(1000, 150, 100, 5, 3, (1e-3, 3e-3, 1e-2)),
 }
-_SIZES["gpu"] = _SIZES["evidence"]
 _AGAIN, _TUNING = 100_000, 500_000
 
 _BASE: dict[str, Any] = {
@@ -265,6 +264,7 @@ OTHER_HEADS = Claim(
         Number("MiniLM's two losses of the trained teacher, off by, relatively", high=1e-9),
     ),
     run=_fewer_heads,
+    scales=("quick", "evidence"),
 )
 
 PAPER = Paper(

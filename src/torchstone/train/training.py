@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchstone.data import Tokenizer
 from torchstone.errors import TorchstoneError
 from torchstone.files import read_json
 from torchstone.keys import Key
@@ -282,8 +283,14 @@ def facts_of(prepared: Any, recipe: Recipe) -> Facts:
         load=lambda run: RunFolder(run).require().model(),
         frequencies=(lambda: _frequencies(prepared.train, vocabulary)) if vocabulary is not None else None,
         tokenizer=tokenizer,
+        tokenizer_of=_tokenizer_of,
         rows=getattr(prepared, "rows", None),
     )
+
+
+def _tokenizer_of(run: str) -> Tokenizer | None:
+    folder = RunFolder(run)
+    return folder.tokenizer() if (folder.path / "tokenizer.json").is_file() else None
 
 
 _COUNTED = 1 << 16

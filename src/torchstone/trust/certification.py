@@ -79,7 +79,7 @@ def certify(
         raise TorchstoneError("sigma: a run that was trained without noise needs it said")
     where = choose_device(device)
     smoothed = SmoothedClassifier(run.model(device=where).eval(), noise)
-    prepared = recipe.data.prepare() if data is None else images_for(spec, data)
+    prepared = recipe.data.prepare() if data is None else images_for(spec, data, getattr(recipe.data, "image", None))
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to certify")
     found: list[Certified] = []

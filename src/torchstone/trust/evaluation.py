@@ -111,7 +111,7 @@ def evaluate(
     where = choose_device(device)
     model: Any = run.model(device=where)
     own = recipe.data.prepare()
-    prepared = own if data is None else images_for(spec, data)
+    prepared = own if data is None else images_for(spec, data, getattr(recipe.data, "image", None))
     if not len(prepared.test):
         raise TorchstoneError(f"{run.path}: its data have no test split to attack")
 

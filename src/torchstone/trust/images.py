@@ -12,8 +12,9 @@ from torchstone.trust.model._classifier import ClassifierSpec
 __all__ = ["images_for"]
 
 
-def images_for(spec: Any, path: str | Path) -> PreparedImages:
-    """All images of a folder or an .npz file, as the test split of a classifier with this spec.
+def images_for(spec: Any, path: str | Path, size: int | None = None) -> PreparedImages:
+    """All images of a folder or an .npz file, as the test split of a classifier with this spec; `size` is what the
+    run's own images were resized to, if they were.
 
     Folders of classes are numbered by their names, so that there must be as many as the classifier has classes; numbers
     in an .npz file must be some of its classes.
@@ -21,7 +22,7 @@ def images_for(spec: Any, path: str | Path) -> PreparedImages:
     Raises:
         TorchstoneError: no such images, or of another shape or other classes.
     """
-    prepared = all_to_test(str(path))
+    prepared = all_to_test(str(path), size)
     own = isinstance(spec, ClassifierSpec)
     body: Any = spec if own else spec.embedding
     head: Any = spec if own else spec.head

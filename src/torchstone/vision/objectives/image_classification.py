@@ -1,6 +1,7 @@
 """Classification of pictures that vary from epoch to epoch: crops, mirrors, colours (`views`), two in one (`mixing`).
 
-Evaluation is that of `classification`: whole pictures, one label each.
+Evaluation is that of `classification`: whole pictures, one label each. In both, pictures get the size that the model's
+patches are cut from (`embedding.image`), and keep their own where it has none.
 
 B pictures, N of them with a label, C classes.
 """
@@ -35,19 +36,24 @@ class ImageClassificationSpec(ClassificationObjectiveSpec):
     def build(self, facts: Facts) -> Objective:
         if facts.classes is None:
             raise TorchstoneError("objective image_classification: needs pictures with labels (data: images)")
-        return ImageClassification(self, facts.classes)
+        return ImageClassification(self, facts.classes, getattr(getattr(facts.model, "embedding", None), "image", None))
 
 
 class ImageClassification(Classification):
-    """Batch: label (B,) and pixels. In training `prepare` adds `second` (B,), the label of the picture of which there
-    is less, and `share` (B,), what the first one has."""
+    """Batch: label (B,) and pixels, which `prepare` makes the size `image`. In training it adds `second` (B,), the
+    label of the picture of which there is less, and `share` (B,), what the first one has."""
 
     spec: ImageClassificationSpec
 
+    def __init__(self, spec: ImageClassificationSpec, classes: int, image: int | None = None) -> None:
+        super().__init__(spec, classes)
+        self.image = image
+
     def prepare(self, batch: Batch, key: Key) -> Batch:
+        size = self.image or batch["pixels"].shape[-1]
+        (pixels,) = self.spec.views.draw(batch["pixels"], (size,), key.fold("views") if self.training else None)
         if not self.training:
-            return batch
-        (pixels,) = self.spec.views.draw(batch["pixels"], (batch["pixels"].shape[-1],), key.fold("views"))
+            return {**batch, "pixels": pixels}
         pixels, label, second, share = self.spec.mixing.draw(pixels, batch["label"], key.fold("mixing"))
         return {**batch, "pixels": pixels, "label": label, "second": second, "share": share}
 
