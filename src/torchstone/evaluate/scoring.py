@@ -315,7 +315,9 @@ class Scorer:
             cut = self._cut(len(whole), len(whole) - seam, room, where)
             return Continuation(self._hidden(whole[cut:], range(seam - cut, len(whole) - cut)), cut)
         # as in generation, the start token stands for an empty prompt only
-        before = [] if self.prefix is not None and seam else self._template[0] or ([] if seam else [self.start])
+        before = (
+            [] if self.prefix is not None and seam else self.tokenizer.template[0] or ([] if seam else [self.start])
+        )
         ids, seam = [*before, *whole], seam + len(before)
         cut = self._cut(len(ids) - 1, len(ids) - seam, limit, where)
         ids, seam = ids[cut:], seam - cut

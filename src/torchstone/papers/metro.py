@@ -243,7 +243,6 @@ class _Size:
 
 
 _SIZES = {"quick": _Size(20, 60, 1, 1, (3e-3,)), "evidence": _Size(200, 400, 5, 3, (3e-3, 1e-2))}
-_SIZES["gpu"] = _SIZES["evidence"]
 _AGAIN, _TUNING = 100_000, 500_000
 _GENERATOR = {"kind": "replaced_token", "generator": {"depth": 1}}
 _ARMS: dict[str, dict[str, Any]] = {
@@ -354,6 +353,7 @@ SIGNALS = Claim(
         Number("rank correlation of the share replaced with the step, largest", high=-0.5),
     ),
     run=_signals,
+    scales=("quick", "evidence"),
 )
 
 PAPER = Paper(

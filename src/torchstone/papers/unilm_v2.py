@@ -197,7 +197,6 @@ _SIZES = {
     "quick": _Size(20, 5, 1, 1, (0.02,), 32, {"width": 32, "depth": 1, "attention": {"heads": 2}}),
     "evidence": _Size(400, 100, 5, 3, (0.01, 0.02, 0.04), 256, {"width": 64, "depth": 2, "attention": {"heads": 4}}),
 }
-_SIZES["gpu"] = _SIZES["evidence"]
 _TUNED, _AGAIN = 50_000, 100_000
 """Distances from the claim's seeds of those that choose, and of the null arm's."""
 _SHORTEST, _LONGEST = 3, 6
@@ -381,6 +380,7 @@ BOTH = Claim(
         ),
     ),
     run=_behaviour,
+    scales=("quick", "evidence"),
 )
 
 PAPER = Paper(

@@ -158,7 +158,7 @@ def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]
     where = choose_device(device)
     objective: Any = PolicyGradient(spec, Facts(tokenizer=run.tokenizer())).to(where)
     objective.scorer = Scorer([])
-    model = run.model(device=where).eval()
+    model: Any = run.model(device=where).eval()
     objective.check(model)
     highest, known = max(token for each in found for token in (*each.prompt, *each.ids)), model.spec.vocabulary
     if highest >= known:
