@@ -15,7 +15,6 @@ P examples, B examples of a batch, T tokens of a row, C classes.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from pydantic import Field
 from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
 from torchstone.data.corpora._files import find, fingerprint
-from torchstone.data.corpora._lines import lines, text_of
+from torchstone.data.corpora._lines import lines, table, text_of
 from torchstone.data.spec import DataSpec
 from torchstone.data.tokenizers import TokenizerSpec
 from torchstone.errors import TorchstoneError
@@ -254,20 +253,10 @@ def read(spec: LabelledDataSpec, path: str | Sequence[str]) -> Iterator[Labelled
 def _records(path: str | Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each example stands, and its fields."""
     for one in [path] if isinstance(path, str) else path:
-        if not one.endswith(".tsv"):
+        if one.endswith(".tsv"):
+            yield from table(one)
+        else:
             yield from ((where, record) for _, where, record in lines(one))
-            continue
-        try:
-            with open(one, encoding="utf-8", newline="") as file:
-                rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-                header = next(rows, [])
-                for number, row in enumerate(rows, 2):
-                    if len(row) != len(header):
-                        columns = f"{len(row)} columns, the header has {len(header)}"
-                        raise TorchstoneError(f"{one!r} line {number}: {columns}")
-                    yield f"{one!r} line {number}", dict(zip(header, row, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise TorchstoneError(f"cannot read {one!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _classes(labels: Sequence[str | int]) -> tuple[str | int, ...]:
