@@ -15,6 +15,7 @@ from torchstone.keys import Key
 from torchstone.model.site import initialise
 from torchstone.model.transformer import TransformerSpec
 from torchstone.papers import prototypical_calibration as paper
+from torchstone.papers._claim import Effect, decide_claim
 from torchstone.spec import validate
 
 SIZE = replace(paper._SIZES["quick"], orders=2, questions=40, restarts=2)
@@ -115,3 +116,14 @@ def test_arms_are_what_they_are_named_after() -> None:
     assert all(best >= raw for best, raw in zip(found["best boundary"], found["raw"], strict=True))
     assert len(found["prototypical, from 25"]) == len(found["prototypical, from 9 to 1"]) == 1
     assert "prototypical, from 50" not in found
+
+
+@pytest.mark.slow
+def test_the_claim_runs_and_every_gate_has_its_arms() -> None:
+    assert paper.LANGUAGE_MODEL.run is not None
+    values = paper.LANGUAGE_MODEL.run("quick", 3).values
+    assert all(isinstance(gate, Effect) and set(gate.needs) <= set(values) for gate in paper.LANGUAGE_MODEL.gates)
+    assert all(set(by_seed) == {3} and 0 <= by_seed[3] <= 1 for by_seed in values.values())
+    assert values["0.7 of raw: spread"][3] == pytest.approx(0.7 * values["raw: spread"][3])
+    verdict, _ = decide_claim(paper.LANGUAGE_MODEL, {}, {arm: [*each.values()] for arm, each in values.items()})
+    assert verdict == "inconclusive"  # of one seed nothing is said
