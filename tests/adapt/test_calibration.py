@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import multivariate_normal
 
 import tiny
 from generate import small
 from torchstone.adapt.calibration import Classifier, contextual, features, fit_mixture, match
+from torchstone.adapt.label_scores import kept_scores
 from torchstone.data.tokenizer import BYTE_CHARACTERS, byte_level
 from torchstone.errors import TorchstoneError
 from torchstone.generate import Engine
 from torchstone.keys import Key
+
+ASKED = ["--template", "{x}:{y}", "--label", "no", "--label", "yes", "--restarts", "3"]
 
 
 def cloud(labels: int, texts: int = 200, apart: float = 8.0, noise: float = 0.3, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -98,8 +102,6 @@ def test_a_probability_of_zero_is_as_small_as_can_be() -> None:
 
 
 def test_scores_are_those_of_the_first_token_or_of_the_word(engine: Engine) -> None:
-    import torch
-
     template, shown = "{x}:{y}", [("ab", "no"), ("cd", "yes")]
     by = {words: Classifier(engine, template, ["no", "yes"], demonstrations=shown, between="|", words=words).scores(
         ["ef", "g"]) for words in ("first", "all")}  # fmt: skip
@@ -177,3 +179,109 @@ def test_the_verb(tmp_path: Path, cli: Any) -> None:
     assert "accuracy" in cli(*base, *words, "--calibration", "contextual").out
     said = cli(*base, "--label", "no", "--label", "maybe")
     assert said.status and "label 'yes' is none of no, maybe" in said.err
+
+
+def test_the_verb_reads_tables(tmp_path: Path, cli: Any) -> None:
+    tiny.saved(tmp_path / "run", tiny.recipe(tmp_path, data={"block": 32}))
+    rows = [(text, "no" if n % 2 else "yes") for n, text in enumerate("abcdefgh")]
+    for name, some in (("file", rows), ("shown", rows[:2]), ("more", rows[2:])):
+        lines = [json.dumps({"text": text, "label": label}) for text, label in some]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (tmp_path / f"{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in [("text", "label"), *some]))
+    said = []
+    for ending in ("jsonl", "tsv"):
+        given = ["--demonstrations", tmp_path / f"shown.{ending}", "--unlabelled", tmp_path / f"more.{ending}"]
+        said.append(cli("adapt", "classify", tmp_path / "run", tmp_path / f"file.{ending}", *ASKED, *given))
+        assert said[-1].status == 0, said[-1].err
+    assert said[0].out == said[1].out and "accuracy" in said[1].out
+    (tmp_path / "file.tsv").write_text("words\tlabel\na\tyes\n")
+    refused = cli("adapt", "classify", tmp_path / "run", tmp_path / "file.tsv", *ASKED)
+    assert refused.status == 2 and "file.tsv' line 2: no field 'text'; fields: words, label" in refused.err
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that a model scores, as they come."""
+    found: list[str] = []
+    scores = Classifier.scores
+    monkeypatch.setattr(Classifier, "scores", lambda self, texts: (found.extend(texts), scores(self, texts))[1])
+    return found
+
+
+def test_texts_in_a_file_of_scores_are_not_scored_again(tmp_path: Path, cli: Any, scored: list[str]) -> None:
+    tiny.saved(tmp_path / "run", tiny.recipe(tmp_path, data={"block": 32}))
+    for name, texts in (("file", "abcdab"), ("more", "cdefg")):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    kept, base = tmp_path / "kept.jsonl", ["adapt", "classify", tmp_path / "run", tmp_path / "file", *ASKED]
+    plain = cli(*base, "--json")
+    assert plain.status == 0 and scored == list("abcdab")
+    scored.clear()
+    assert cli(*base, "--json", "--scores", kept).out == plain.out and scored == list("abcd")
+    first, *rows = map(json.loads, kept.read_text().splitlines())
+    assert first["template"] == "{x}:{y}" and len(first["weights"]) == 64
+    assert [row["text"] for row in rows] == list("abcd") and all(len(row["scores"]) == 2 for row in rows)
+    scored.clear()
+    unlabelled = ["--unlabelled", tmp_path / "more"]
+    wanted = cli(*base, *unlabelled).out
+    scored.clear()
+    assert cli(*base, *unlabelled, "--scores", kept).out == wanted and scored == list("efg")
+    before, time = kept.read_bytes(), kept.stat().st_mtime_ns
+    scored.clear()
+    assert cli(*base, *unlabelled, "--scores", kept, "--calibration", "none").status == 0 and not scored
+    assert kept.read_bytes() == before and kept.stat().st_mtime_ns == time
+    assert len(before.splitlines()) == 8
+
+
+def test_scores_of_something_else_are_refused_and_stay(tmp_path: Path, engine: Engine, scored: list[str]) -> None:
+    kept, texts = tmp_path / "kept.jsonl", ["ab", "cd"]
+    given: dict[str, Any] = {"template": "{x}:{y}", "labels": ["no", "yes"], "demonstrations": [("e", "no")]}
+    found_NC = kept_scores(Classifier(engine, **given), texts, kept)
+    before = kept.read_bytes()
+    assert (kept_scores(Classifier(engine, **given), texts[::-1], kept) == found_NC[::-1]).all()
+    scored.clear()
+    other = Engine(small.build(vocabulary=engine.tokenizer.vocabulary), engine.tokenizer, compile="off")  # type: ignore[union-attr]
+    with torch.no_grad():
+        next(other.model.parameters())[0, 0] += 1
+    for said, source, change in (
+        ("weights", other, {}),
+        ("template", engine, {"template": "{x};{y}"}),
+        ("labels", engine, {"labels": ["yes", "no"]}),
+        ("demonstrations", engine, {"demonstrations": []}),
+        ("between", engine, {"between": "|"}),
+        ("template and words", engine, {"template": "{x} {y}", "words": "all"}),
+    ):
+        with pytest.raises(TorchstoneError, match=f"line 1: its scores were made with other {said}; choose another"):
+            kept_scores(Classifier(source, **{**given, **change}), ["ef"], kept)
+    with pytest.raises(TorchstoneError, match="tokens with the demonstrations, and the model's window has 64"):
+        kept_scores(Classifier(engine, **given), ["ef", "x" * 70], kept)
+    assert kept.read_bytes() == before and [*map(len, scored)] == [2, 70]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1:], "line 1: no file of label scores, weights is not said"),
+        (lambda rows: [*rows, {"text": "q", "scores": [1.0]}], "line 3: field 'scores' needs a finite number for each"),
+        (lambda rows: [*rows, {"text": "q", "scores": [1.0, None]}], "line 3: field 'scores' needs a finite number"),
+        (lambda rows: [*rows, {"text": 3, "scores": [1.0, 2.0]}], "line 3: field 'text' is int"),
+        (lambda rows: [], "holds no record"),
+    ],
+)
+def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path, engine: Engine, change: Any, message: str) -> None:
+    kept, made = tmp_path / "kept.jsonl", Classifier(engine, "{x}:{y}", ["no", "yes"])
+    kept_scores(made, ["ab"], kept)
+    rows = change([json.loads(line) for line in kept.read_text().splitlines()])
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TorchstoneError) as said:
+        kept_scores(made, ["ab"], kept)
+    assert message in str(said.value)
+
+
+@pytest.mark.parametrize(("name", "message"), [("a/b.jsonl", "scores: no folder"), ("b.tsv", "would hold JSON lines")])
+def test_a_file_of_scores_that_cannot_be_made_is_refused_first(
+    tmp_path: Path, engine: Engine, scored: list[str], name: str, message: str
+) -> None:
+    with pytest.raises(TorchstoneError, match=message):
+        kept_scores(Classifier(engine, "{x}:{y}", ["no", "yes"]), ["ab"], tmp_path / name)
+    assert not scored and not list(tmp_path.iterdir())

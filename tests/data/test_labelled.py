@@ -61,7 +61,7 @@ def test_pairs_have_segments_and_the_longer_text_is_cut(tmp_path: Path) -> None:
 def test_tables_are_read_as_lines_are(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *ROWS)
     table = tmp_path / "a.tsv"
-    table.write_text('index\ttext\tlabel\n0\tabc\ty\n1\tde\tx\n2\tf "quoted\ty\n')
+    table.write_text('index\ttext\tlabel\n0\tabc\ty\n\n1\tde\tx\n2\tf "quoted\ty\n')
     one, other = ready(path, valid=str(path), test=str(path)), ready(table, valid=str(table), test=str(table))
     assert one.classes == other.classes
     assert other.test._rows[2][0].tolist()[1:-1] == list(b'f "quoted')

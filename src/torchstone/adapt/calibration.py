@@ -49,6 +49,7 @@ __all__ = [
     "Mixture",
     "Select",
     "Words",
+    "check_enough",
     "contextual",
     "features",
     "fit_mixture",
@@ -212,8 +213,7 @@ def fit_mixture(
     _one_of("covariance", covariance, Covariance)
     if C < 2:
         raise TorchstoneError(f"calibration: {C} labels, two are the least")
-    if N < C:
-        raise TorchstoneError(f"calibration: {N} texts to estimate {C} components from; as many are the least")
+    check_enough(N, C)
     if not np.isfinite(v_NC).all():
         raise TorchstoneError("calibration: log-probabilities are not all finite")
     for name, value in (("restarts", restarts), ("iterations", iterations)):
@@ -328,6 +328,7 @@ class Classifier:
         self.scorer = _scorer(source)
         if self.scorer.masked:
             raise TorchstoneError("calibration: a masked language model reads both ways and continues no prompt")
+        self.template, self.demonstrations, self.between = template, tuple(demonstrations), between
         self.labels, self.calibration, self.words = tuple(labels), calibration, words
         self.feature, self.select, self.restarts = feature, select, restarts
         self.covariance, self.regularisation, self.seed = covariance, regularisation, seed
@@ -372,8 +373,10 @@ class Classifier:
             TorchstoneError: a text that does not fit into the window with the demonstrations.
         """
         jobs = [
-            ((n, c), job) for n, text in enumerate(texts) for c, job in enumerate(self._jobs(text, f"text {n}"))
-        ]  # fmt: skip
+            ((n, c), job)
+            for n, text in enumerate(texts)
+            for c, job in enumerate(self._jobs(text, f"text {text[:40]!r}"))
+        ]
         score_NC = np.zeros((len(texts), len(self.labels)))
         totals = self.scorer.totals(jobs, "calibration", len(jobs))
         for at, job in jobs:
@@ -390,11 +393,7 @@ class Classifier:
             TorchstoneError: fewer texts than labels, one that does not fit into the window.
         """
         if self.calibration == "prototypical":
-            if len(texts) < len(self.labels):
-                raise TorchstoneError(
-                    f"calibration: {len(texts)} texts to estimate {len(self.labels)} components from; as many are the "
-                    "least"
-                )
+            check_enough(len(texts), len(self.labels))
             return self.fit_scores(self.scores(texts))
         if self.calibration == "contextual":
             self._free_MC = self.scores(self.content_free)
@@ -471,6 +470,16 @@ def _scorer(source: RunFolder | Engine | Scorer) -> Scorer:
     if source.tokenizer is None:
         raise TorchstoneError("calibration: the engine has no tokenizer, and templates are texts")
     return Scorer(source.model, source.tokenizer, start=source.start)
+
+
+def check_enough(texts: int, labels: int) -> None:
+    """Whether a mixture can be fitted to so many texts.
+
+    Raises:
+        TorchstoneError: there are fewer than labels.
+    """
+    if texts < labels:
+        raise TorchstoneError(f"calibration: {texts} texts to estimate {labels} components from; as many are the least")
 
 
 def _one_of(name: str, value: str, options: object) -> None:

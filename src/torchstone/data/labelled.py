@@ -16,7 +16,6 @@ P examples, B examples of a batch, T tokens of a row, C classes.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from pydantic import Field, model_validator
 from torchstone.data._examples import Examples
 from torchstone.data._sides import SPLITS, sides
 from torchstone.data.corpora._files import find, fingerprint
-from torchstone.data.corpora._lines import lines, text_of
+from torchstone.data.corpora._lines import lines, table, text_of
 from torchstone.data.spec import DataSpec
 from torchstone.data.tokenizers import TokenizerSpec
 from torchstone.errors import TorchstoneError
@@ -268,20 +267,10 @@ def read(spec: LabelledDataSpec, path: str | Sequence[str]) -> Iterator[Labelled
 def _records(path: str | Sequence[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each example stands, and its fields; `columns` names those of tables without a header."""
     for one in [path] if isinstance(path, str) else path:
-        if not one.endswith(".tsv"):
+        if one.endswith(".tsv"):
+            yield from table(one, columns)
+        else:
             yield from ((where, record) for _, where, record in lines(one))
-            continue
-        try:
-            with open(one, encoding="utf-8-sig", newline="") as file:
-                rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-                header = next(rows, []) if columns is None else columns
-                for number, row in enumerate(rows, 2 if columns is None else 1):
-                    if len(row) != len(header):
-                        who = "the header has" if columns is None else "data.columns names"
-                        raise TorchstoneError(f"{one!r} line {number}: {len(row)} columns, {who} {len(header)}")
-                    yield f"{one!r} line {number}", dict(zip(header, row, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise TorchstoneError(f"cannot read {one!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _classes(labels: Sequence[str | int]) -> tuple[str | int, ...]:

@@ -1,4 +1,4 @@
-"""Records of JSON-lines files, and the fields that a task takes from them."""
+"""Records of JSON-lines files and of tables, and the fields that a task takes from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from torchstone.data.corpora._lines import table
 from torchstone.errors import TorchstoneError, nearest
 
 __all__ = ["Record", "read_records"]
@@ -49,14 +50,17 @@ class Record:
 
 
 def read_records(path: str, limit: int | None = None) -> list[Record]:
-    """The first `limit` records of a file of JSON objects, one a line. Blank lines are skipped.
+    """The first `limit` records of a file of JSON objects, one a line, or of a ``.tsv`` file, whose header names the
+    fields and whose values are strings. Blank lines are skipped.
 
     Raises:
-        TorchstoneError: the file is missing, empty, not UTF-8, or a line is no JSON object.
+        TorchstoneError: the file is missing, empty, not UTF-8, or a line is no JSON object or no row of the table.
     """
-    records = list(islice(_records(path), limit))
+    tabs = path.endswith(".tsv")
+    records = list(islice((Record(*row) for row in table(path)) if tabs else _records(path), limit))
     if not records:
-        raise TorchstoneError(f"{path!r}: holds no record; one JSON object a line is needed")
+        needed = "a row below a header" if tabs else "one JSON object a line"
+        raise TorchstoneError(f"{path!r}: holds no record; {needed} is needed")
     return records
 
 

@@ -13,12 +13,15 @@ __all__ = ["main"]
 
 def main(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    file: Annotated[str, typer.Argument(help="JSON lines with a field text, and label where it is known.")],
+    file: Annotated[str, typer.Argument(help="JSON lines, or .tsv with a header: text, and label where it is known.")],
     template: Annotated[str, typer.Option(help="How an input is written, with {x} and {y}.")],
     label: Annotated[list[str], typer.Option("--label", help="A label word; give it for each label.")],
-    demonstrations: Annotated[str | None, typer.Option(help="JSON lines with text and label, to show first.")] = None,
-    unlabelled: Annotated[str | None, typer.Option(help="JSON lines with text to estimate from; FILE if left.")] = None,
+    demonstrations: Annotated[str | None, typer.Option(help="Such a file with text and label, to show first.")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="Such a file with text to estimate from; else FILE.")] = None,
     estimate: Annotated[int | None, typer.Option(min=1, help="Estimate from so many, drawn; all if left.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Keep label scores here; texts that are in it are not scored again.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="none, contextual or prototypical.")] = "prototypical",
     words: Annotated[str, typer.Option(help="first: compare first tokens; all: whole words.")] = "first",
     feature: Annotated[str, typer.Option(help="log, as the paper has it, or clr.")] = "log",
@@ -32,7 +35,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")] = False,
 ) -> None:
     """Classify texts by the label words that a model puts after them, calibrated on unlabelled texts."""
-    from torchstone.adapt.calibration import Classifier
+    from torchstone.adapt.calibration import Classifier, check_enough
+    from torchstone.adapt.label_scores import kept_scores
     from torchstone.errors import TorchstoneError
     from torchstone.evaluate.records import read_records
     from torchstone.evaluate.scoring import Scorer
@@ -59,15 +63,18 @@ def main(
         regularisation=regularisation,
         seed=seed,
     )
-    scores_NC = made.scores(texts)
+    own = [record.text("text") for record in read_records(unlabelled)] if unlabelled else []
+    drawn = sorted(Key(seed).fold("estimate").numpy().permutation(len(own or texts))[:estimate].tolist())
     if calibration == "prototypical":
-        own = None if unlabelled is None else [record.text("text") for record in read_records(unlabelled)]
-        count = len(texts) if own is None else len(own)
-        drawn = sorted(Key(seed).fold("estimate").numpy().permutation(count)[:estimate].tolist())
-        made.fit_scores(scores_NC[drawn] if own is None else made.scores([own[n] for n in drawn]))
+        check_enough(len(drawn), len(label))
+        every = [*texts, *(own[n] for n in drawn)] if own else texts
     else:
+        every = texts
         made.fit()
-    probability_NC = made.calibrated(scores_NC)
+    every_NC = made.scores(every) if scores is None else kept_scores(made, every, scores)
+    if calibration == "prototypical":
+        made.fit_scores(every_NC[len(texts) :] if own else every_NC[drawn])
+    probability_NC = made.calibrated(every_NC[: len(texts)])
     best_N = probability_NC.argmax(1).tolist()
     right = [label[best_N[n]] == word for n, word in known.items()]
     mixture = made.mixture

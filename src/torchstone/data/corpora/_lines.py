@@ -1,7 +1,8 @@
-"""JSON lines: objects, one a line, and their fields of text."""
+"""JSON lines: objects, one a line, and their fields of text; and tables with tabs, whose rows are such objects."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torchstone.data.corpora._files import decode, find
 from torchstone.errors import TorchstoneError
 
-__all__ = ["lines", "text_of"]
+__all__ = ["lines", "table", "text_of"]
 
 
 def lines(path: str | Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -33,6 +34,27 @@ def lines(path: str | Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]
                         yield f"{file.name}:{number}", where, _object(text, where)
         except OSError as error:
             raise TorchstoneError(f"cannot read {str(file.path)!r}: {error.strerror or error}") from None
+
+
+def table(path: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+    """For each row of a ``.tsv`` file that is not blank: where it stands, and its fields by the names of the header, or
+    by `columns` in a file without one. Quotes are characters as any other, a byte-order mark is none.
+
+    Raises:
+        TorchstoneError: the file cannot be read, or a row has more or fewer columns than there are names; says which.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            header = next(rows, []) if columns is None else columns
+            for number, row in enumerate(rows, 2 if columns is None else 1):
+                if row and len(row) != len(header):
+                    who = "the header has" if columns is None else "data.columns names"
+                    raise TorchstoneError(f"{path!r} line {number}: {len(row)} columns, {who} {len(header)}")
+                if row:
+                    yield f"{path!r} line {number}", dict(zip(header, row, strict=True))
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, a zero byte in the path
+        raise TorchstoneError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
