@@ -172,7 +172,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(150, 60, 1, 1, 1, (1e-3,), 0),
-    "evidence": _Size(600, 100, 5, 3, 1, (3e-3, 1e-2), 1),
+    "evidence": _Size(600, 100, 5, 5, 1, (3e-3, 1e-2), 1),
 }
 _SHIFT, _TUNING = 100_000, 200_000
 """Distances of the null arm's seeds, and of those that rates are chosen by, from the others'."""
