@@ -51,6 +51,6 @@ def test_the_probe_tells_features_that_hold_the_answer_from_noise(monkeypatch: A
         knows = True
 
     model: Any = Stub()
-    assert metro._probe(model, None, 60) > 0.95  # type: ignore[arg-type]
+    assert min(metro._probe(model, None, 60)) > 0.95  # type: ignore[arg-type]
     model.knows = False
-    assert metro._probe(model, None, 60) < 0.3  # type: ignore[arg-type]
+    assert max(metro._probe(model, None, 60)) < 0.3  # type: ignore[arg-type]
