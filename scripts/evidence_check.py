@@ -4,8 +4,7 @@ Of the trained cells some are drawn, and as many of the claims that are function
 minutes. Of a function each gate must answer as recorded, and a number that is gated from both sides must
 agree to three digits. (What is gated from one side may be of the size of rounding, what is not gated a time.) Where
 processor, torch and threads are those of the record, a cell's losses must agree bit for bit; elsewhere its value must
-lie within 3 %, or no farther off than two seeds of its arm lie apart: another processor rounds otherwise, and a
-training can make as much of that as of another seed.
+lie within 3 %.
 """
 
 from __future__ import annotations
@@ -89,10 +88,8 @@ def cell_agrees(slug: str, claim: Claim, record: dict[str, Any], cell: dict[str,
     value = found["metrics"][cell["metric"]]
     here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
     same = all(record["machine"][name] == here[name] for name in here)
-    seeds = [each["value"] for each in record["cells"] if each["arm"] == cell["arm"] and each["status"] == "done"]
-    near = max(0.03 * abs(cell["value"]), max(seeds) - min(seeds))
-    agrees = found["loss_digest"] == cell["loss_digest"] if same else abs(value - cell["value"]) < near
-    how = "bit for bit" if same else f"within {near:.2g}"
+    agrees = found["loss_digest"] == cell["loss_digest"] if same else abs(value / cell["value"] - 1) < 0.03
+    how = "bit for bit" if same else "within 3 %"
     print(
         f"{name}: {value:.6f}, recorded {cell['value']:.6f}; {'agrees' if agrees else 'does not agree'} {how}",
         flush=True,
