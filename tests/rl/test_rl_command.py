@@ -69,6 +69,21 @@ def test_from_a_policy_to_text_that_a_model_is_tuned_on(run: Path, tmp_path: Pat
     assert (tuned.path / "model.safetensors").exists()
 
 
+def test_what_a_training_says_is_rewards_and_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "plot_curve", lambda *arguments: None)
+    (tmp_path / "own.py").write_text("def f(text, row):\n    return None if len(text) % 2 else 1.0\n")
+    own = {"rewards": [{"kind": "python", "function": f"{tmp_path / 'own.py'}:f"}]}
+    settings = {"steps": 1, "batch": 2, "device": "cpu", "threads": 1, "compile": "off"}
+    made = train(tiny.prompted(tmp_path, objective=own, trainer=settings), out=tmp_path / "said")
+    row = next(row for row in made.metrics() if "reward" in row)
+    said = capsys.readouterr().err
+    assert f"reward {row['reward']:.4f}  length {row['length']:.1f}  truncated {row['truncated']:.0%}" in said
+    assert f"flat groups {row['flat_groups']:.0%}" in said
+    assert 0 < row["unscored"] < 1 and row["reward"] in (0.0, 1.0)
+
+
 def test_a_consensus_is_the_most_frequent_answer(tmp_path: Path) -> None:
     def of(example: int, *texts: str) -> list[Trajectory]:
         rewards = [{"exact": float(text == "=7")} for text in texts]
@@ -118,9 +133,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run: Path, tmp_path: Path,
     plain = tiny.saved(tmp_path / "plain", tiny.recipe(tmp_path)).path
     other = tmp_path / "other.jsonl"
     other.write_text('{"a": 1}\n')
-    empty, strange = tmp_path / "empty.jsonl", tmp_path / "strange.jsonl"
+    empty, strange, negative = (tmp_path / f"{name}.jsonl" for name in ("empty", "strange", "negative"))
     empty.write_text("")
     dump(strange, [Trajectory((9999,), (1,), (0.0,), "eos", n, "", 0, {}, 1.0) for n in (0, 0)], {})
+    dump(negative, [Trajectory((1,), (-1,), (0.0,), "eos", n, "", 0, {}, 1.0) for n in (0, 0)], {})
     for arguments, match in (
         (("sample", plain, sums, "--out", out), "needs a reward; this run was trained with none"),
         (("sample", run, sums, "--out", out, "--reward", "nothing"), "no reward kind 'nothing'"),
@@ -132,6 +148,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run: Path, tmp_path: Path,
         (("sample", run, sums, "--out", sums), "is the file that is read"),
         (("sample", run, empty, "--out", out), "holds no prompt"),
         (("replay", strange, run), "holds the token 9999, and the model has"),
+        (("replay", negative, run), "holds the token -1, and the model has"),
         (("filter", strange, "--out", out, "--per-prompt", 0), "per_prompt is 1 or more"),
         (("filter", strange, "--out", out, "--drop", "("), "drop is no regular expression"),
         (("filter", strange, "--out", strange), "is the file that is read"),

@@ -160,16 +160,14 @@ class KnowledgeNeurons:
     def _encode(self, prompt: str) -> list[int]:
         if self.tokenizer is None:
             raise TorchstoneError("knowledge neurons: a prompt that is text needs the tokenizer")
-        inner, framed = self.tokenizer.encode("a"), self.tokenizer.encode_input("a")
-        before = next((n for n in range(len(framed)) if framed[n : n + len(inner)] == inner), 0)
-        after = framed[before + len(inner) :] if self.masked else []
+        before, after = self.tokenizer.template
         pieces = (
             self.tokenizer.encode_batch(prompt.split(self._marker)) if self.masked else [self.tokenizer.encode(prompt)]
         )
-        ids = list(framed[:before])
+        ids = [*before]
         for number, piece in enumerate(pieces):
             ids += [self._mask or 0, *piece] if number else piece
-        return ids + after
+        return ids + (after if self.masked else [])
 
     def token(self, answer: str | int) -> int:
         """The id of an answer.

@@ -160,9 +160,11 @@ def replay(file: Path, run: RunFolder, *, device: str = "cpu") -> dict[str, Any]
     objective.scorer = Scorer([])
     model: Any = run.model(device=where).eval()
     objective.check(model)
-    highest, known = max(token for each in found for token in (*each.prompt, *each.ids)), model.spec.vocabulary
-    if highest >= known:
-        raise TorchstoneError(f"{file}: holds the token {highest}, and the model has {known:,}")
+    known = model.spec.vocabulary
+    if (
+        strange := next((t for each in found for t in (*each.prompt, *each.ids) if not 0 <= t < known), None)
+    ) is not None:
+        raise TorchstoneError(f"{file}: holds the token {strange}, and the model has {known:,}")
     plain = [replace(each, rewards={}) for each in found]
     batch = objective.batch(model, plain, [each.example for each in found], where)
     (batch,) = objective.agree([batch], lambda x: x)

@@ -24,11 +24,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from torchstone.rl.reward import Reward, RewardSpec
+from torchstone.rl.reward.math_answer import ANSWER_TAG
 
 __all__ = ["CodeTestsSpec", "program_of"]
 
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _LARGEST = 1 << 24
 """Bytes of a file that a program may write."""
 
@@ -83,7 +83,7 @@ class CodeTestsSpec(RewardSpec):
 
 def program_of(text: str) -> str:
     """The program that a text gives."""
-    found = _FENCED.findall(text) or _ANSWER.findall(text)
+    found = _FENCED.findall(text) or ANSWER_TAG.findall(text)
     return found[-1] if found else text
 
 

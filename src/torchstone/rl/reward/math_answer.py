@@ -18,9 +18,10 @@ from pydantic import Field
 
 from torchstone.rl.reward import Reward, RewardSpec
 
-__all__ = ["MathAnswerSpec", "final_answer", "normal_form"]
+__all__ = ["ANSWER_TAG", "MathAnswerSpec", "final_answer", "normal_form"]
 
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+"""Each ``<answer>..</answer>`` that closes, from the last that opens."""
 _FRAC = re.compile(r"\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|(\d)(\d))")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:/\d+)?")
 _DIGITS = 4000
@@ -66,7 +67,7 @@ def _boxed(text: str) -> list[tuple[int, str]]:
 
 def final_answer(text: str) -> str | None:
     """What a text gives as its answer; None if it gives none."""
-    found = [(match.end(), match.group(1)) for match in _ANSWER.finditer(text)] + _boxed(text)
+    found = [(match.end(), match.group(1)) for match in ANSWER_TAG.finditer(text)] + _boxed(text)
     if not found:
         return None
     answer = max(found)[1]
