@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -174,6 +174,8 @@ _SIZES: dict[Scale, _Size] = {
     "quick": _Size(150, 60, 1, 1, 1, (1e-3,), 0),
     "evidence": _Size(600, 100, 5, 5, 1, (3e-3, 1e-2), 1),
 }
+_LONGER: dict[Scale, int] = {"quick": 150, "evidence": 1500}
+"""Steps of pre-training where what was learned of the pictures themselves is measured."""
 _SHIFT, _TUNING = 100_000, 200_000
 """Distances of the null arm's seeds, and of those that rates are chosen by, from the others'."""
 _CODES, _WIDTH, _DEPTH, _BATCH = 32, 48, 3, 64
@@ -339,6 +341,25 @@ def _few_labels(scale: Scale, first: int) -> Measured:
     return _measured(scale, "few-labels", fill)
 
 
+def _own_codes(scale: Scale, first: int) -> Measured:
+    def fill(size: _Size, folder: Path, keep: Keep) -> dict[str, float]:
+        size = replace(size, steps=_LONGER[scale])
+        unpaired = {"kind": "unpaired_views"}
+        arms = (("own", _TOKENS, 0, 5), ("others", unpaired, 0, 5), ("others again", unpaired, _SHIFT, 3))
+        for name, objective, shift, seeds in arms:
+            for seed in range(first, first + min(seeds, size.seeds)):
+                run = _pretrained(size, seed + shift, objective, folder)
+                measured = run.metrics()
+                keep(name, seed, measured[-1]["test_loss"] / math.log(_CODES))
+                keep(f"{name}: linear probe", seed, _probed(run.model(), seed + shift))
+                if name == "own":
+                    before = next(row["valid_loss"] for row in measured if "valid_loss" in row)
+                    keep("before training", seed, before / math.log(_CODES))
+        return {}
+
+    return _measured(scale, "own-codes", fill)
+
+
 _TRAINED = (
     *_BUILDS,
     "torchstone.data.images",
@@ -346,7 +367,7 @@ _TRAINED = (
     "torchstone.train.optimizers.adamw",
     "torchstone.vision.linear_probe",
 )
-_linear_probe.builds = _few_labels.builds = _TRAINED  # type: ignore[attr-defined]
+_linear_probe.builds = _few_labels.builds = _own_codes.builds = _TRAINED  # type: ignore[attr-defined]
 
 LINEAR_PROBE = Claim(
     id="linear-probe",
@@ -393,6 +414,27 @@ FEW_LABELS = Claim(
     run=_few_labels,
 )
 
+OWN_CODES = Claim(
+    id="own-codes",
+    kind="behaviour",
+    text="What is learned is of the picture, and not only of where codes are in any picture: after 1,500 steps the "
+    "loss of hidden patches' codes is lower by 0.05 of ln V than that of a network that predicted, in the same way, the "
+    "codes of other pictures. Linear probes of both stand beside and decide nothing: before, seeds 0 and 1 had 0.776 "
+    "and 0.786 of own codes, and 0.746 and 0.852 of others.",
+    figure="masked image modelling learns of the picture: attention maps tell objects from their background",
+    gates=(
+        Effect(
+            "loss of hidden codes over ln V",
+            "own",
+            "others",
+            margin=0.05,
+            null="others again",
+            sabotage="before training",
+        ),
+    ),
+    run=_own_codes,
+)
+
 PAPER = Paper(
     slug="beit",
     title="BEiT: BERT Pre-Training of Image Transformers",
@@ -410,5 +452,5 @@ PAPER = Paper(
     ),
     summary="BERT for pictures: blocks of patches are hidden, and an encoder says which visual tokens a frozen image "
     "tokenizer gives them.",
-    claims=(EXACT, LINEAR_PROBE, FEW_LABELS),
+    claims=(EXACT, LINEAR_PROBE, FEW_LABELS, OWN_CODES),
 )
