@@ -418,9 +418,9 @@ OWN_CODES = Claim(
     id="own-codes",
     kind="behaviour",
     text="What is learned is of the picture, and not only of where codes are in any picture: after 1,500 steps the "
-    "loss of hidden patches' codes is lower by 0.05 of ln V than that of a network that predicted, in the same way, the "
-    "codes of other pictures. Linear probes of both stand beside and decide nothing: before, seeds 0 and 1 had 0.776 "
-    "and 0.786 of own codes, and 0.746 and 0.852 of others.",
+    "loss of hidden patches' codes is lower by 0.05 of ln V than that of a network that predicted, in the same way, "
+    "the codes of other pictures. Linear probes of both stand beside and decide nothing: before, seeds 0 and 1 had "
+    "0.776 and 0.786 of own codes, and 0.746 and 0.852 of others.",
     figure="masked image modelling learns of the picture: attention maps tell objects from their background",
     gates=(
         Effect(
