@@ -148,7 +148,7 @@ class TrainerSpec(Spec):
 
 
 class ParallelSpec(Spec):
-    """Sizes of the mesh's axes."""
+    """Sizes of the mesh's axes, and what replicas share."""
 
     data: int = Field(1, ge=1)
     """Replicas that see different batches."""
@@ -162,6 +162,9 @@ class ParallelSpec(Spec):
     """Ranks that hold different experts."""
     pipeline: int = Field(1, ge=1)
     """Ranks that hold different layers."""
+    zero: int = Field(0, ge=0, le=1)
+    """Stage of ZeRO over the data axis: with 1 each replica keeps the optimiser's state of its share of the parameters
+    alone, moves those, and sends them to the others."""
 
 
 class EvaluateSpec(Spec):

@@ -40,6 +40,7 @@ from torchstone.train.mesh import Mesh
 from torchstone.train.optimizers import named_parameters, set_factor
 from torchstone.train.progress import Progress
 from torchstone.train.run import RunFolder, load_weights
+from torchstone.train.zero import Shares
 
 __all__ = ["DocumentedSplit", "ScoredSplit", "Source", "Split", "Stopped", "Trainer"]
 
@@ -153,7 +154,9 @@ class Trainer:
         self.named = named_parameters([("", self.model), ("objective", self.objective)], self.optimizer.layer_decay)
         if not self.named:
             raise TorchstoneError("nothing to train: no parameter requires a gradient")
-        self.optim: torch.optim.Optimizer = self.optimizer.build(self.named)
+        self.shares = Shares(self.named, self.mesh) if self.mesh.zero and self.mesh.ranks > 1 else None
+        own = self.named if self.shares is None else self.shares.own
+        self.optim: torch.optim.Optimizer = self.optimizer.build(own)
         self.gate: GradientGate | None = None
         if self.adapt is not None:
             self.gate = self.adapt.gate(self.named, self.key.fold("gate"))
@@ -305,7 +308,7 @@ class Trainer:
         if self.gate is not None and self.step == 0:
             self.gate.begin(self)
         self._mode(training=True)
-        self.optim.zero_grad(set_to_none=True)
+        self._forget_gradients()
         factor = self.schedule.factor(self.step, self.spec.steps)
         set_factor(self.optim, factor)
         for module in self._before:
@@ -324,6 +327,8 @@ class Trainer:
             self.gate.before(self.step)
         with autocast(self.device, self.spec):  # Muon's products are matrix work like the model's
             self.optim.step()
+        if self.shares is not None:
+            self.shares.spread()
         if self.gate is not None:
             self.gate.after(self.step)
         for carry in self.carries.values():
@@ -334,7 +339,7 @@ class Trainer:
                 for p in self.named:
                     self.ema[p.name].lerp_(p.value, 1 - self.spec.ema)
         self.step += 1
-        return {"step": self.step, **row, "lr": self.optim.param_groups[0]["lr"]}
+        return {"step": self.step, **row, "lr": factor * self.optimizer.lr}
 
     def pass_gradients(self, size: int, limit: int | None = None) -> Iterator[None]:
         """Goes once over the training split in order: after each turn the parameters hold the gradient of the loss of
@@ -346,13 +351,17 @@ class Trainer:
         """
         self._mode(training=True)
         for number, batch in enumerate(self.source.train.evaluation(size, limit)):
-            self.optim.zero_grad(set_to_none=True)
+            self._forget_gradients()
             batch = self.objective.prepare(self._move(batch), self.key.fold("pass", number))
             batch = self._with_model(batch, self.key.fold("pass collect", number))
             self.gradients(self.objective.agree([batch], self.mesh.sum), number)
             yield
-        self.optim.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._sums, self.carries = {}, {}
+
+    def _forget_gradients(self) -> None:
+        for p in self.named:
+            p.value.grad = None
 
     def _norm(self) -> torch.Tensor:
         """The norm of the gradient that is clipped."""
@@ -519,7 +528,7 @@ class Trainer:
     # -- state
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Everything that resuming needs, by file and name."""
+        """Everything that resuming needs, by file and name, on the first rank; all ranks have to ask at once."""
         out = {
             "model": {parameter_name(name): value for name, value in self.model.state_dict().items()},
             "optimizer": self._optimizer_tensors(),
@@ -547,10 +556,13 @@ class Trainer:
         return out
 
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        state = {p.name: self.optim.state.get(p.value, {}) for p in self.named}
+        if self.shares is not None:
+            state |= self.shares.gathered(self.optim.state)
         return {
-            f"optimizer.{key}.{p.name}": torch.as_tensor(value)
-            for p in self.named
-            for key, value in self.optim.state.get(p.value, {}).items()
+            f"optimizer.{key}.{name}": torch.as_tensor(value)
+            for name, values in state.items()
+            for key, value in values.items()
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -573,7 +585,10 @@ class Trainer:
             state.setdefault(name, {})[key] = value
         # numbers, as of steps, are the host's, but for kernels that move all parameters of a device at once
         there = {id(p) for group in self.optim.param_groups if group.get("fused") for p in group["params"]}
+        own = {p.name for p in (self.named if self.shares is None else self.shares.own)}
         for name, values in state.items():
+            if name not in own:
+                continue
             parameter = names[name].value
             self.optim.state[parameter] = {
                 key: value.to(parameter.device if value.dim() or id(parameter) in there else "cpu", copy=True)
@@ -619,12 +634,13 @@ class Trainer:
                 "nothing is written, the last checkpoint is good"
             )
         self._saved = self.step
+        tensors = {} if self.folder is None else self.tensors()
         if self.folder is None or not self.mesh.first:
             self.mesh.barrier()
             return
         keep = self.folder.checkpoints(self.spec.keep_last)
         best_value = self.best if math.isfinite(self.best) else None
-        path = keep.save(self.step, self.tensors(), {**self.facts, "best": best_value}, best)
+        path = keep.save(self.step, tensors, {**self.facts, "best": best_value}, best)
         self.folder.publish(path)
         self.mesh.barrier()
 

@@ -23,6 +23,7 @@ from torchstone.train.engine import autocast
 from torchstone.train.environment import choose_device
 from torchstone.train.optimizers import named_parameters
 from torchstone.train.run import RunFolder
+from torchstone.train.zero import shares
 
 __all__ = ["TrainingMemory", "training_memory"]
 
@@ -89,8 +90,10 @@ def _device_type(recipe: Recipe) -> str:
 
 
 def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
-    """Bytes of the optimiser's state, by letting it take one step on fake gradients."""
+    """Bytes of the optimiser's state on a rank, by letting it take one step on fake gradients."""
     named = named_parameters([("", model)])
+    if recipe.parallel.zero:
+        named = max(shares(named, recipe.parallel.data), key=lambda own: sum(p.value.numel() for p in own))
     optimizer = recipe.optimizer.build(named)
     for p in named:
         p.value.grad = torch.zeros_like(p.value)

@@ -7,7 +7,8 @@ Axes: data, shard, tensor, context, expert, pipeline. Parts use axis names only.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,19 @@ __all__ = ["AXES", "Mesh", "build_mesh"]
 
 AXES = ("data", "shard", "tensor", "context", "expert", "pipeline")
 _BUCKET = 1 << 23
-"""Elements summed in one call: large enough to hide latency, small enough not to double the memory."""
+"""Elements summed or sent in one call: large enough to hide latency, small enough not to double the memory."""
 
 
 class Mesh:
-    """Ranks and reductions over the data axis; a mesh of one rank needs no process group."""
+    """Ranks and what they tell one another over the data axis; a mesh of one rank needs no process group.
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
-        self.mesh = mesh
+    Args:
+        mesh: of torch; None for one rank.
+        zero: stage of ZeRO.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None, zero: int = 0) -> None:
+        self.mesh, self.zero = mesh, zero
         self.group = None if mesh is None else mesh.get_group("data")
         self.rank = 0 if mesh is None else mesh.get_local_rank("data")
         self.ranks = 1 if mesh is None else mesh.size(0)
@@ -53,28 +59,55 @@ class Mesh:
             return
         has = torch.tensor([parameter.grad is not None for parameter in every], device=every[0].device)
         some = self.sum(has.to(torch.float32)).tolist()
-        bucket: list[torch.Tensor] = []
+        grads = []
         for parameter, count in zip(every, some, strict=True):
             if not count:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            if sum(grad.numel() for grad in bucket) >= _BUCKET:
-                self._sum_bucket(bucket)
-                bucket = []
-        if bucket:
-            self._sum_bucket(bucket)
+            grads.append(parameter.grad)
+        for bucket in _buckets(grads):
+            flat = self.sum(torch.cat([grad.flatten() for grad in bucket]))
+            _put(flat, bucket)
 
-    def _sum_bucket(self, grads: list[torch.Tensor]) -> None:
-        flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+    def send(self, tensors: Iterable[torch.Tensor], rank: int) -> None:
+        """Values of tensors of one type and device, from `rank` to all others, in place, in buckets."""
+        if self.group is None:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.broadcast(flat, group=self.group, group_src=rank)
+            if rank != self.rank:
+                _put(flat, bucket)
+
+    def told(self, thing: Any, rank: int) -> Any:
+        """What `rank` has for `thing`, small and without tensors, on all ranks."""
+        if self.group is None:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, group=self.group, group_src=rank)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(each.numel() for each in bucket) >= _BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _put(flat: torch.Tensor, bucket: list[torch.Tensor]) -> None:
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def build_mesh(spec: ParallelSpec, device: torch.device) -> Mesh:
@@ -97,4 +130,4 @@ def build_mesh(spec: ParallelSpec, device: torch.device) -> Mesh:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     sizes = tuple(getattr(spec, axis) for axis in AXES)
-    return Mesh(init_device_mesh(device.type, sizes, mesh_dim_names=AXES))
+    return Mesh(init_device_mesh(device.type, sizes, mesh_dim_names=AXES), spec.zero)
