@@ -74,7 +74,8 @@ class ModelReward:
     """
 
     def __init__(self, spec: RewardModelSpec, folder: RunFolder) -> None:
-        self.spec, self.folder, self._model = spec, folder, None
+        self.spec, self.folder = spec, folder
+        self._model: Any = None
         self.block: int = folder.recipe.data.block  # type: ignore[attr-defined]
         self.tokenizer = folder.tokenizer()
 
@@ -109,14 +110,12 @@ class ModelReward:
 
     def _scores(self, ids: Sequence[Sequence[int]]) -> list[float]:
         if self._model is None:
-            device = choose_device(self.spec.device)
-            self._model = self.folder.model(device=device)
-        model: Any = self._model
-        device = next(model.parameters()).device
+            self._model = self.folder.model(device=choose_device(self.spec.device))
+        device = next(self._model.parameters()).device
         longest = max(map(len, ids))
         ids_BT = torch.tensor([[*some, *[self.tokenizer.pad] * (longest - len(some))] for some in ids], device=device)
         length_B = torch.tensor([len(some) for some in ids], device=device)
         valid_BT = torch.arange(longest, device=device) < length_B[:, None]
         # whatever precision the policy trains in
         with torch.autocast(device.type, enabled=False):
-            return model(Tokens.of(ids_BT, valid=valid_BT)).logits[:, 0].tolist()
+            return self._model(Tokens.of(ids_BT, valid=valid_BT)).logits[:, 0].tolist()
