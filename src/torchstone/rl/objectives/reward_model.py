@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from torchstone.errors import TorchstoneError
 from torchstone.keys import Key
+from torchstone.model.context import Aux
 from torchstone.objectives import Batch, Facts, Objective, ObjectiveSpec, Result, Term, tokens_of
 from torchstone.ops import at_least_float32
 
@@ -54,6 +55,13 @@ class RewardModel(Objective):
         }
 
     def forward(self, model: nn.Module, batch: Batch, key: Key | None) -> Result:
+        return self._result(model, batch, key)[0]
+
+    def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
+        result, scores = self._result(model, batch, None)
+        return Result({"loss": result.terms["loss"]}, result.metrics, scores=scores)
+
+    def _result(self, model: nn.Module, batch: Batch, key: Key | None) -> tuple[Result, Aux]:
         rows: Batch = {name: value.flatten(0, 1) for name, value in batch.items() if value.dim() == 3}
         out: Any = model(tokens_of(rows), key=None if key is None else key.tensor(rows["ids"].device))
         if out.logits.shape != (len(rows["ids"]), 1):
@@ -67,16 +75,12 @@ class RewardModel(Objective):
         terms = {"loss": Term(-logsigmoid(margin_N).sum(), "pairs")}
         if self.spec.centering:
             terms["centering"] = Term(reward_N2.sum(1).square().sum(), "pairs", self.spec.centering)
-        each = {
+        means = {
             "accuracy": (margin_N.sign() + 1) / 2,  # ties count half
             "reward_margin": margin_N,
             "reward_chosen": reward_N2[:, 0],
             "reward_rejected": reward_N2[:, 1],
         }
-        found = Result.of(terms, out.aux)
-        found.metrics.update({name: (x_N.detach().sum(), there_B.sum()) for name, x_N in each.items()})
-        return found
-
-    def evaluate(self, model: nn.Module, batch: Batch, predict: bool = False) -> Result:
-        found = self(model, batch, None)
-        return Result({"loss": found.terms["loss"]}, scores=found.metrics)
+        scores: Aux = {name: (x_N.detach().sum(), there_B.sum()) for name, x_N in means.items()}
+        result = Result.of(terms, out.aux)
+        return Result(result.terms, {**result.metrics, **scores}), scores
