@@ -83,7 +83,7 @@ def gradient_of(model: nn.Module) -> Gradients:
 def assert_close(found: Gradients, wanted: Gradients) -> None:
     assert found.keys() == wanted.keys() and any(value.abs().max() > 1e-4 for value in wanted.values())
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.3])
@@ -239,7 +239,7 @@ def test_a_reward_model_begins_from_a_policy_and_learns(folder: Path) -> None:
 
 def test_a_text_scores_the_same_alone_in_any_batch_and_in_the_objective(folder: Path) -> None:
     run = RunFolder(folder / "rm")
-    pairs = run.recipe.data.prepare().train  # type: ignore[attr-defined]
+    pairs = run.recipe.data.prepare().train
     batch = pairs.batch(Key(0), 0, 6)
     model = run.model()
     with torch.no_grad():

@@ -99,7 +99,8 @@ def examine(run: RunFolder) -> Report:
     first, last = _means(rows[:edge]), _means(rows[-edge:])
     names = [name for name in last if name == "reward" or (name.startswith("reward_") and name != "reward_std")]
     states = states_of(first, last, f"reward_{objective.rewards[0].kind}")
-    return Report(rows[-1]["step"], *({name: x[name] for name in names if name in x} for x in (first, last)), states)
+    before, now = ({name: x[name] for name in names if name in x} for x in (first, last))
+    return Report(rows[-1]["step"], before, now, states)
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
