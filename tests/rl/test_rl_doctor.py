@@ -86,6 +86,14 @@ def test_a_state_rests_on_the_last_steps_alone_and_several_are_a_line_each(folde
     assert lines[0].startswith("never stops (truncated 0.9, length 9): ") and len(lines) == 2
 
 
+def test_rewards_that_differ_from_step_to_step_have_not_fallen(folder: Path) -> None:
+    rows = [{**SOUND, "reward_std": 0.1, "reward": 0.2 + 0.6 * (n % 2 == 0)} for n in range(20)]
+    assert not report(folder, rows).states  # 0.56 at first, 0.44 at last
+    assert not report(folder, [{**SOUND, "reward": 0.9}] * 2 + [{**SOUND, "reward": 0.1}] * 2).states
+    (found,) = report(folder, [{**row, "reward": row["reward"] - 2 * (n > 9)} for n, row in enumerate(rows)]).states
+    assert found.state == "rewards fell below the first ones"
+
+
 def test_one_step_is_enough_to_look_at(folder: Path) -> None:
     assert [each.state for each in report(folder, [{**SOUND, "truncated": 1.0}]).states] == ["never stops"]
 

@@ -3,8 +3,10 @@ that it rests on and what to try."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import variance
 from typing import Any
 
 from torchstone.errors import TorchstoneError
@@ -29,8 +31,9 @@ _COLLAPSED = 0.1
 """Part of its first entropy under which a policy writes one answer only, and groups no longer differ."""
 _KL = 1.0
 """Nats a token to the reference: what is written is e times less likely there, a text of ten tokens never seen."""
-_FALL = 0.5
-"""Of the deviation inside groups: forty answers' mean, as of five steps of eight, is a sixth of it away by chance."""
+_FALL, _SURE = 0.5, 3.0
+"""Of the deviation inside groups, so that a fall is worth a line; and of the difference's standard error, for prompts
+differ from step to step."""
 _UNSCORED = 0.2
 """Share of answers that no rule could score: baselines then rest on a part that the answers' form has chosen."""
 
@@ -98,7 +101,11 @@ def examine(run: RunFolder) -> Report:
     edge = max(1, min(_EDGE, len(rows) // 2))
     first, last = _means(rows[:edge]), _means(rows[-edge:])
     names = [name for name in last if name == "reward" or (name.startswith("reward_") and name != "reward_std")]
-    states = states_of(first, last, f"reward_{objective.rewards[0].kind}")
+    rewards = [row["reward"] for row in rows]
+    noise = math.inf  # of two steps nobody knows
+    if edge > 2:
+        noise = math.sqrt((variance(rewards[:edge]) + variance(rewards[-edge:])) / edge)
+    states = states_of(first, last, f"reward_{objective.rewards[0].kind}", noise)
     before, now = ({name: x[name] for name in names if name in x} for x in (first, last))
     return Report(rows[-1]["step"], before, now, states)
 
@@ -108,12 +115,13 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-def states_of(first: Mapping[str, float], last: Mapping[str, float], main: str) -> list[State]:
+def states_of(first: Mapping[str, float], last: Mapping[str, float], main: str, noise: float) -> list[State]:
     """States that metrics show.
 
     Args:
         first, last: means over the first and the last steps.
         main: name of the reward that says whether an answer is right.
+        noise: standard error of the difference between first and last rewards.
     """
     found: list[State] = []
 
@@ -164,7 +172,8 @@ def states_of(first: Mapping[str, float], last: Mapping[str, float], main: str) 
             "raise objective.kl.beta, lower optimizer.lr, or go on from a new reference",
             **of(last, "kl"),
         )
-    if first["reward"] - last["reward"] > _FALL * max(first.get("reward_std", 0), last.get("reward_std", 0)):
+    least = _FALL * max(first.get("reward_std", 0), last.get("reward_std", 0))
+    if first["reward"] - last["reward"] > max(least, _SURE * noise):
         say(
             "rewards fell below the first ones",
             "the learning rate is too high; lower optimizer.lr",
