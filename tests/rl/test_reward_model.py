@@ -187,14 +187,16 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             r"needs one logit a text, and the model's are \(4, .*\); set model.head: {kind: classification, classes: 1",
             model={**tiny.MODEL, "head": head},
         )
+    refused("set model.head.pool: last", model={**tiny.MODEL, "head": {**HEAD, "pool": "first"}})
     refused("objective reward_model compares pairs, and data text has none", data=text["data"])
     refused("data preferences has pairs, and objective causal_lm compares none", objective="causal_lm")
 
 
 def test_an_encoder_scores_too(tmp_path: Path) -> None:
-    model = {**tiny.MODEL, "causal": False, "head": {**HEAD, "pool": "mean"}}
-    row = tiny.trainer(tiny.compared(tmp_path, model=model)).train_step()
-    assert row["loss"] == pytest.approx(math.log(2), abs=0.1)
+    for pool in ("first", "mean"):
+        model = {**tiny.MODEL, "causal": False, "head": {**HEAD, "pool": pool}, "residual": {"std": 0.3}}
+        row = tiny.trainer(tiny.compared(tmp_path, model=model)).train_step()
+        assert row["loss"] > 0 and row["reward_margin"] != 0
 
 
 # ----------------------------------------------------------------------------------------------------- the reward

@@ -48,6 +48,14 @@ class RewardModel(Objective):
         super().__init__()
         self.spec = spec
 
+    def check(self, model: nn.Module) -> None:
+        head = getattr(getattr(model, "spec", None), "head", None)
+        if getattr(model, "decoder", None) is not None and getattr(head, "pool", None) == "first":
+            raise TorchstoneError(
+                "objective reward_model: the first token of a causal model sees nothing of the response; set "
+                "model.head.pool: last"
+            )
+
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {
             "pairs": (batch["next"] >= 0).flatten(1).any(1).sum(),
