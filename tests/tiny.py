@@ -85,6 +85,14 @@ def preferences(folder: Path, **sections: Any) -> dict[str, Any]:
     return {**made, "objective": {"kind": "dpo", "reference": str(reference), **sections.get("objective", {})}}
 
 
+def compared(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Plain data of a tiny recipe of a reward model, over the same pairs."""
+    made = preferences(folder, **sections)
+    head = {"kind": "classification", "classes": 1, "pool": "last"}
+    made["model"] = {"head": head, **made["model"]}
+    return {**made, "objective": {"kind": "reward_model", **sections.get("objective", {})}}
+
+
 def sums(path: Path) -> Path:
     """A file of prompts: additions of two digits, with their answers."""
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]

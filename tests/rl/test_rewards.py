@@ -178,17 +178,21 @@ def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leave
     def scorer(*specs: dict[str, Any]) -> Scorer:
         return Scorer([validate(resolve("reward", spec.pop("kind")), spec) for spec in map(dict, specs)])  # type: ignore[misc]
 
+    def scored(scorer: Scorer, **row: Any) -> dict[str, float | None]:
+        (found,) = scorer.score_all(["a"], [{"answer": "a", "other": "a", **row}], [7])
+        return found
+
     both = scorer({"kind": "exact"}, {"kind": "exact", "answer": "other", "weight": 0.5}, {**own, "weight": 2.0})
     assert both.names == ["exact", "exact_2", "python"]
-    found = both.score("a", {"answer": "a", "other": "a", "value": 3}, 7)
+    found = scored(both, value=3)
     assert found == {"exact": 1.0, "exact_2": 1.0, "python": 3.0} and both.total(found) == 7.5
-    assert both.total(both.score("a", {"answer": "a", "other": "a", "value": None}, 7)) is None
-    assert both.score("a", {"answer": "a", "other": "a", "value": np.float32(3)}, 7) == found
+    assert both.total(scored(both, value=None)) is None
+    assert scored(both, value=np.float32(3)) == found
     for value in (float("nan"), float("inf"), "1", [1.0], 10**400, 1j):
         with pytest.raises(TorchstoneError, match=r"reward python: gave .* for an answer to prompt 7; a finite number"):
-            both.score("a", {"answer": "a", "other": "a", "value": value}, 7)
+            scored(both, value=value)
     with pytest.raises(TorchstoneError, match=r"reward python: failed for an answer to prompt 7 \(KeyError: 'value'\)"):
-        both.score("a", {"answer": "a", "other": "a"}, 7)
+        scored(both)
     both.check({0: {"answer": 1, "other": 2}})
     with pytest.raises(TorchstoneError, match="reward exact_2: prompt 1 has no field 'other'; fields: answer"):
         both.check({0: {"answer": 1, "other": 2}, 1: {"answer": 1}})

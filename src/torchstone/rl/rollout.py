@@ -87,19 +87,19 @@ def rollout(
         noise=SeededNoise(key.value),
         routes=routes,
     )
+    answers = [tokenizer.decode(each.ids[:-1] if each.finish == "eos" else each.ids) for each in done]
+    whose = [example for example in examples for _ in range(count)]
+    scores = scorer.score_all(answers, [rows[example] for example in whose], whose)
     found = []
-    for number, (name, each) in enumerate(zip(names, done, strict=True)):
+    for number, (name, each, text, rewards) in enumerate(zip(names, done, answers, scores, strict=True)):
         assert each.adjusted_logprobs is not None
-        example = examples[number // count]
-        text = tokenizer.decode(each.ids[:-1] if each.finish == "eos" else each.ids)
-        rewards = scorer.score(text, rows[example], example)
         found.append(
             Trajectory(
                 tuple(each.prompt_ids),
                 tuple(each.ids),
                 tuple(each.adjusted_logprobs),
                 each.finish,
-                example,
+                whose[number],
                 name,
                 key.value,
                 rewards,

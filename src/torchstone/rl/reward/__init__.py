@@ -3,7 +3,8 @@
     reward = spec.build()
     reward("<answer>4</answer>", {"answer": "4"})        # 1.0
 
-None says that the answer cannot be scored: it is then left out of its group's baseline and of the loss.
+None says that the answer cannot be scored: it is then left out of its group's baseline and of the loss. A reward that
+has a method ``batch(texts, rows)``, as one that asks a model, is asked once for all answers of a rollout.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["Reward", "RewardSpec", "Scorer"]
 __getattr__ = lazy_parts(__name__)
 
 Reward = Callable[[str, Mapping[str, Any]], float | None]
-"""From an answer and the fields of its prompt to what it is worth."""
+"""From an answer and the fields of its prompt to what it is worth. It may have a ``batch(texts, rows)`` of its own,
+which gives a sequence of the same."""
 
 
 class RewardSpec(PartSpec):
@@ -55,6 +57,18 @@ class RewardSpec(PartSpec):
 
 def _named(row: Mapping[str, Any], number: int) -> str:
     return getattr(row, "where", f"prompt {number}")
+
+
+def _number(name: str, value: Any, prompt: str) -> float | None:
+    try:
+        number = None if value is None else float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number or 0.0):
+        raise TorchstoneError(
+            f"reward {name}: gave {value!r:.60} for an answer to {prompt}; a finite number or None is needed"
+        )
+    return number
 
 
 class Scorer:
@@ -93,29 +107,32 @@ class Scorer:
                         f"{', '.join(list(row)[:10]) or 'none'}"
                     )
 
-    def score(self, text: str, row: Mapping[str, Any], number: int) -> dict[str, float | None]:
-        """Each reward of an answer to prompt `number`.
+    def score_all(
+        self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], examples: Sequence[int]
+    ) -> list[dict[str, float | None]]:
+        """Each reward of each answer. `rows` are the fields of their prompts, `examples` the prompts' numbers.
 
         Raises:
-            TorchstoneError: a rule failed, or gave something else than a finite number or None; names the prompt.
+            TorchstoneError: a rule failed, or gave something else than a finite number or None for each answer; names
+                the prompt.
         """
-        found: dict[str, float | None] = {}
+        found: list[dict[str, float | None]] = [{} for _ in texts]
+        prompts = [_named(row, example) for row, example in zip(rows, examples, strict=True)]
         for name, (_, rule) in self.rules.items():
-            try:
-                value: Any = rule(text, row)
-            except Exception as error:
-                raise TorchstoneError(
-                    f"reward {name}: failed for an answer to {_named(row, number)} ({type(error).__name__}: {error})"
-                ) from error
-            try:
-                found[name] = None if value is None else float(value) if isinstance(value, numbers.Real) else math.nan
-            except OverflowError:
-                found[name] = math.inf
-            if not math.isfinite(found[name] or 0.0):
-                raise TorchstoneError(
-                    f"reward {name}: gave {value!r:.60} for an answer to {_named(row, number)}; a finite number or "
-                    "None is needed"
-                )
+            ask: Any = getattr(rule, "batch", None)
+            size = 1 if ask is None else max(1, len(texts))
+            for first in range(0, len(texts), size):
+                to = f"{'an answer' if size == 1 else f'{size} answers, the first of them'} to {prompts[first]}"
+                try:
+                    values = [rule(texts[first], rows[first])] if ask is None else list(ask(texts, rows))
+                except Exception as error:
+                    raise TorchstoneError(
+                        f"reward {name}: failed for {to} ({type(error).__name__}: {error})"
+                    ) from error
+                if len(values) != size:
+                    raise TorchstoneError(f"reward {name}: gave {len(values)} scores for {to}")
+                for n, value in enumerate(values, first):
+                    found[n][name] = _number(name, value, prompts[n])
         return found
 
     def total(self, rewards: Mapping[str, float | None]) -> float | None:
