@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny
 from torchstone.errors import TorchstoneError
+from torchstone.rl.dumps import sample
 from torchstone.rl.reward import RewardSpec, Scorer
 from torchstone.rl.reward.math_answer import final_answer
+from torchstone.rl.trajectory import read
 from torchstone.spec import resolve, validate
+from torchstone.train.training import train
 
 
 def reward(kind: str, text: str, row: dict[str, Any] | None = None, **fields: Any) -> float | None:
@@ -197,3 +202,37 @@ def test_several_rewards_add_up_by_their_weights_and_one_that_cannot_score_leave
     with pytest.raises(TorchstoneError, match="reward exact_2: prompt 1 has no field 'other'; fields: answer"):
         both.check({0: {"answer": 1, "other": 2}, 1: {"answer": 1}})
     assert all(issubclass(resolve("reward", kind), RewardSpec) for kind in ("exact", "math_answer"))
+
+
+def test_a_reward_may_be_for_prompts_with_a_field_alone(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def f(text, row):\n    assert row['kind'] == 'chat'\n    return len(text) / 10\n")
+    rule: Any = validate(resolve("reward", "exact"), {"only": "answer"})
+    own: Any = validate(resolve("reward", "python"), {"function": f"{tmp_path / 'own.py'}:f", "only": "kind"})
+    scorer = Scorer([rule, own])
+    rows = [{"answer": "a"}, {"kind": "chat", "answer": None}, {"answer": "b"}]
+    scorer.check(dict(enumerate(rows)))
+    found = scorer.score_all(["a", "aaa", "a"], rows, [0, 1, 2])
+    assert found == [{"exact": 1.0}, {"python": 0.3}, {"exact": 0.0}]
+    assert [scorer.total(each) for each in found] == [1.0, 0.3, 0.0]
+    with pytest.raises(
+        TorchstoneError, match="rewards: none is for prompt 3; they are for prompts with 'answer', 'kind'"
+    ):
+        scorer.check({3: {"prompt": "x"}})
+
+
+def test_a_training_and_its_samples_know_which_reward_is_for_which_prompt(tmp_path: Path) -> None:
+    recipe = tiny.prompted(tmp_path, trainer={"steps": 2, "batch": 8}, evaluate={"test": False, "every": 2})
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"prompt": f"say {n}", "chat": True}) + "\n" for n in range(100)))
+    (letters,) = recipe["objective"]["rewards"]
+    recipe["objective"]["rewards"] = [{"kind": "exact", "only": "answer"}, {**letters, "only": "chat"}]
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    row = next(row for row in run.metrics() if "reward_language" in row)
+    # about half of the prompts have either; what is not for them is in neither mean
+    assert 0 < row["reward_language"] <= 1 and row["unscored"] == 0
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"prompt": "1+1=", "answer": "2"}\n' + '{"prompt": "say 5", "chat": true}\n' * 3)
+    said = sample(run, mixed, tmp_path / "answers.jsonl", count=2)
+    assert said["prompts"] == 4 and said["answers"] == 8 and said["pass@1"] in (0.0, 0.5, 1.0)
+    kept, _ = read(tmp_path / "answers.jsonl")
+    assert [sorted(each.rewards) for each in kept] == [["exact"]] * 2 + [["language"]] * 6

@@ -687,6 +687,8 @@ PAPER = Paper(
         "reward.math_answer",
         "reward.think_format",
         "reward.language",
+        "reward.reward_model",
+        "objective.reward_model",
     ),
     summary="Answers are sampled in groups and scored by rules; what is better than its group is made likelier, "
     "without a critic.",

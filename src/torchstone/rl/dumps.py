@@ -108,31 +108,36 @@ def sample(
             routes=trained is not None and trained.replay == "rollout",
         )  # fmt: skip
     dump(out, found, how.dump())
-    return _summary(found, count, rules[0])
+    return _summary(found, count, scorer)
 
 
-def _summary(found: Sequence[Trajectory], count: int, first: RewardSpec) -> dict[str, Any]:
-    """Means over answers; of prompts the share with a full reward among their answers, and of those whose most frequent
-    answer has it, the earlier one of two that are as frequent (consensus, where the first rule finds an answer)."""
+def _summary(found: Sequence[Trajectory], count: int, scorer: Scorer) -> dict[str, Any]:
+    """Means over answers; of the prompts that the first rule is for the share with a full reward among their answers,
+    and of those whose most frequent answer has it, the earlier one of two that are as frequent (consensus, where that
+    rule finds an answer)."""
 
     def mean(values: Sequence[float | bool]) -> float | None:
         return sum(values) / len(values) if values else None
 
-    names = list(found[0].rewards) if found else []
+    main = scorer.names[0]
+    first, _ = scorer.rules[main]
+    right: list[bool] = []
     full: dict[int, bool] = {}
     votes: dict[int, list[tuple[Hashable, bool]]] = {}
     for each in found:
-        right = (each.rewards[names[0]] or 0.0) >= 1
-        full[each.example] = full.get(each.example, False) or right
+        if main not in each.rewards:
+            continue
+        right.append((each.rewards[main] or 0.0) >= 1)
+        full[each.example] = full.get(each.example, False) or right[-1]
         if (answer := first.answer_of(each.text)) is not None:
-            votes.setdefault(each.example, []).append((answer, right))
-    rewards = {name: mean([v for each in found if (v := each.rewards[name]) is not None]) for name in names}
+            votes.setdefault(each.example, []).append((answer, right[-1]))
+    rewards = {name: mean([v for each in found if (v := each.rewards.get(name)) is not None]) for name in scorer.names}
     return {
-        "prompts": len(full),
+        "prompts": len({each.example for each in found}),
         "answers": len(found),
         "rewards": rewards,
         "reward": mean([each.reward for each in found if each.reward is not None]),
-        "pass@1": mean([(each.rewards[names[0]] or 0.0) >= 1 for each in found]),
+        "pass@1": mean(right),
         f"pass@{count}": mean(list(full.values())),
         f"cons@{count}": sum(Counter(some).most_common(1)[0][0][1] for some in votes.values()) / len(full)
         if votes

@@ -42,7 +42,7 @@ class Trajectory:
         example: number of the prompt; answers to one prompt are a group.
         request: name of the answer for the noise source.
         seed: of the noise source.
-        rewards: by name; None where a rule could not score.
+        rewards: by name, those that are for the prompt; None where a rule could not score.
         reward: their weighted sum; None if one is None.
         prompt_text, text: for people and for supervised tuning, without the end token.
         routes: experts that each input token took, (len(prompt) + len(ids) - 1, L, K).

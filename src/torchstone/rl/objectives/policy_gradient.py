@@ -244,7 +244,7 @@ class PolicyGradient(WithReference):
         rewards = [self._reward(each) for each in trajectories]
         advantage_R, spread_R = advantages(rewards, groups, self.spec.advantage)
         names, dtype = self.scorer.names, torch.get_default_dtype()
-        parts = [[each.rewards[name] for name in names] for each in trajectories]
+        parts = [[each.rewards.get(name) for name in names] for each in trajectories]
         batch = batch_of(trajectories, self.tokenizer.pad) | {
             "reward": torch.tensor([reward or 0.0 for reward in rewards], dtype=dtype),
             "scored": torch.tensor([reward is not None for reward in rewards]),

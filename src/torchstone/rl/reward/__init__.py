@@ -36,10 +36,16 @@ class RewardSpec(PartSpec):
 
     weight: float = Field(1.0, ge=-1e6, le=1e6)
     """How much it counts in the sum of all rewards."""
+    only: str | None = Field(None, min_length=1)
+    """A field of prompts; answers to prompts without it, or with null in it, have the other rewards alone."""
+
+    def scores(self, row: Mapping[str, Any]) -> bool:
+        """Whether it is for answers to a prompt with these fields."""
+        return self.only is None or row.get(self.only) is not None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Fields that every prompt has to have."""
+        """Fields that every prompt has to have whose answers it scores."""
         return ()
 
     def answer_of(self, text: str) -> Hashable | None:
@@ -93,13 +99,21 @@ class Scorer:
         return list(self.rules)
 
     def check(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Refuse prompts without the fields that rewards look at; null is none. A row with a `where` is named by it.
+        """Refuse prompts without the fields that rewards look at, and those that no reward is for; null is none. A row
+        with a `where` is named by it.
 
         Raises:
             TorchstoneError: names the first such row, and the field.
         """
+        specs = [spec for spec, _ in self.rules.values()]
+        for number, row in rows.items():
+            if specs and not any(spec.scores(row) for spec in specs):
+                fields = ", ".join(repr(spec.only) for spec in specs)
+                raise TorchstoneError(f"rewards: none is for {_named(row, number)}; they are for prompts with {fields}")
         for name, (spec, _) in self.rules.items():
             for number, row in rows.items():
+                if not spec.scores(row):
+                    continue
                 if missing := next((field for field in spec.columns if row.get(field) is None), None):
                     has = "null in" if missing in row else "no"
                     raise TorchstoneError(
@@ -110,7 +124,8 @@ class Scorer:
     def score_all(
         self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], examples: Sequence[int]
     ) -> list[dict[str, float | None]]:
-        """Each reward of each answer. `rows` are the fields of their prompts, `examples` the prompts' numbers.
+        """Rewards of each answer, those that are for its prompt. `rows` are the prompts' fields, `examples` their
+        numbers.
 
         Raises:
             TorchstoneError: a rule failed, or gave something else than a finite number or None for each answer; names
@@ -118,20 +133,24 @@ class Scorer:
         """
         found: list[dict[str, float | None]] = [{} for _ in texts]
         prompts = [_named(row, example) for row, example in zip(rows, examples, strict=True)]
-        for name, (_, rule) in self.rules.items():
+        for name, (spec, rule) in self.rules.items():
+            asked = [n for n, row in enumerate(rows) if spec.scores(row)]
             ask: Any = getattr(rule, "batch", None)
-            size = 1 if ask is None else max(1, len(texts))
-            for first in range(0, len(texts), size):
-                to = f"{'an answer' if size == 1 else f'{size} answers, the first of them'} to {prompts[first]}"
+            for some in [[n] for n in asked] if ask is None else [asked] if asked else []:
+                several = "an answer" if len(some) == 1 else f"{len(some)} answers, the first of them"
+                to = f"{several} to {prompts[some[0]]}"
                 try:
-                    values = [rule(texts[first], rows[first])] if ask is None else list(ask(texts, rows))
+                    if ask is None:
+                        values = [rule(texts[some[0]], rows[some[0]])]
+                    else:
+                        values = list(ask([texts[n] for n in some], [rows[n] for n in some]))
                 except Exception as error:
                     raise TorchstoneError(
                         f"reward {name}: failed for {to} ({type(error).__name__}: {error})"
                     ) from error
-                if len(values) != size:
+                if len(values) != len(some):
                     raise TorchstoneError(f"reward {name}: gave {len(values)} scores for {to}")
-                for n, value in enumerate(values, first):
+                for n, value in zip(some, values, strict=True):
                     found[n][name] = _number(name, value, prompts[n])
         return found
 
