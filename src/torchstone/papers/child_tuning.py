@@ -267,7 +267,7 @@ FEW = Claim(
             "plain: source",
             margin=0.02,
             null="plain again: source",
-            sabotage="plain again: source",
+            sabotage="chance 0.1: source",
             lower_is_better=False,
         ),
     ),
