@@ -337,7 +337,7 @@ class _Size:
 
 _SIZES = {
     "quick": _Size(20, 4, 2, 1, (3e-3,), 4, 2, 4),
-    "evidence": _Size(1500, 40, 8, 2, (1e-3, 3e-3, 1e-2), 20, 50, 50),
+    "evidence": _Size(1500, 40, 7, 2, (1e-3, 3e-3, 1e-2), 20, 50, 50),
 }
 _SCRATCH = "from scratch"
 _CHARACTERS = 96
@@ -366,12 +366,14 @@ def _encoder_recipe(steps: int) -> dict[str, Any]:
 
 @cache
 def _packages() -> dict[str, list[str]]:
-    """Files of the eight packages of the library that have most of them, those too short for snippets left out."""
+    """Files of the eight packages of the library that have most of them, those too short for snippets left out. White
+    space, much of what snippets would be, is one space."""
     files = defaultdict(list)
     for document in StdlibSpec().documents():
         package, _, rest = document.name.partition("/")
-        if rest and package != "encodings" and len(document.text) > 5 * _CHARACTERS:
-            files[package].append(document.text)
+        text = " ".join(document.text.split())
+        if rest and package != "encodings" and len(text) > 5 * _CHARACTERS:
+            files[package].append(text)
     return {name: files[name] for name in sorted(sorted(files, key=lambda name: -len(files[name]))[:8])}
 
 
