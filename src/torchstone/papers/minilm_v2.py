@@ -157,10 +157,11 @@ _ARMS: dict[str, dict[str, Any] | None] = {
     "masked tokens alone, again": None,
     "untrained teacher": {"relation_heads": 16},
     "4 relation heads": {"relation_heads": 4},
+    "all nine relations": {"relation_heads": 16, "relations": "all"},
     "layer 1": {"relation_heads": 16, "layer": 1},
     "layer 2": {"relation_heads": 16, "layer": 2},
 }
-_REPORTED = ("4 relation heads", "layer 1", "layer 2")
+_REPORTED = ("4 relation heads", "all nine relations", "layer 1", "layer 2")
 
 
 def _recipe(model: dict[str, Any], objective: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str, Any]:
