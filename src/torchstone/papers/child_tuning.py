@@ -293,6 +293,19 @@ _few.builds = (  # type: ignore[attr-defined]
     "torchstone.trust.model.mlp",
 )
 
+
+def _keeps_more(sabotage: str) -> Effect:
+    return Effect(
+        "keeps more of what it knew",
+        "task-driven 0.1: source",
+        "plain: source",
+        margin=0.02,
+        null="plain again: source",
+        sabotage=sabotage,
+        lower_is_better=False,
+    )
+
+
 FEW = Claim(
     id="few-noisy-examples",
     kind="behaviour",
@@ -303,15 +316,7 @@ FEW = Claim(
     figure="GLUE, small tasks: 1.5 to 8.6 points on average",
     gates=(
         *_RIGHT_MORE_OFTEN,
-        Effect(
-            "keeps more of what it knew",
-            "task-driven 0.1: source",
-            "plain: source",
-            margin=0.02,
-            null="plain again: source",
-            sabotage="plain again: source",
-            lower_is_better=False,
-        ),
+        _keeps_more("plain again: source"),
     ),
     run=_few,
     scales=("quick", "evidence"),
@@ -321,7 +326,7 @@ FEW = Claim(
 FEW_AND_ANOTHER_MASK = replace(
     FEW,
     id="few-noisy-examples-and-another-mask",
-    gates=(*_RIGHT_MORE_OFTEN, replace(FEW.gates[-1], sabotage="chance 0.1: source")),  # type: ignore[type-var]
+    gates=(*_RIGHT_MORE_OFTEN, _keeps_more("chance 0.1: source")),
     withdrawn=None,
 )
 
