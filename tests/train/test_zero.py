@@ -22,8 +22,6 @@ from torchstone.train.run import RunFolder
 from torchstone.train.training import train
 from torchstone.train.zero import shares
 
-OPTIMIZERS = ({"kind": "adamw"}, {"kind": "muon"}, {"kind": "sgd", "momentum": 0.9})
-
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
@@ -33,48 +31,50 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def both(mesh: Mesh, folder: Path) -> list[dict[str, Any]]:
-    found = []
-    for optimizer in OPTIMIZERS:
-        recipe = tiny.recipe(folder, optimizer={"lr": 0.01, **optimizer}, trainer={"ema": 0.9})
-        mesh.zero = 0
-        plain = tiny.trainer(recipe, mesh=mesh)
-        mesh.zero = 1
-        sharing = tiny.trainer(recipe, mesh=mesh)
-        rows = [(plain.train_step(), sharing.train_step()) for _ in range(4)]
-        kept, shared = state(plain), state(sharing)
-        again = tiny.trainer(recipe, mesh=mesh)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for full, value in (shared if mesh.first else kept).items():  # what a checkpoint of the first rank holds
-            part, _, name = full.partition("/")
-            parts.setdefault(part, {})[name] = value
-        again.restore(Checkpoint(4, parts, {}))
-        rows.append((sharing.train_step(), again.train_step()))
-        found.append(
-            {
-                "rows": rows,
-                "plain": kept,
-                "shared": shared,
-                "own": {name for name in (p.name for p in sharing.named if p.value in sharing.optim.state)},
-                "all": {p.name for p in sharing.named},
-                "ends": (state(sharing), state(again)),
-            }
-        )
-    return found
+def both(mesh: Mesh, folder: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
+    recipe = tiny.recipe(folder, optimizer={"lr": 0.01, **optimizer}, trainer={"ema": 0.9})
+    mesh.zero = 0
+    plain = tiny.trainer(recipe, mesh=mesh)
+    mesh.zero = 1
+    sharing = tiny.trainer(recipe, mesh=mesh)
+    rows = [(plain.train_step(), sharing.train_step()) for _ in range(4)]
+    kept, shared = state(plain), state(sharing)
+    again = tiny.trainer(recipe, mesh=mesh)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for full, value in (shared if mesh.first else kept).items():  # what a checkpoint of the first rank holds
+        part, _, name = full.partition("/")
+        parts.setdefault(part, {})[name] = value
+    again.restore(Checkpoint(4, parts, {}))
+    rows.append((sharing.train_step(), again.train_step()))
+    return {
+        "rows": rows,
+        "plain": kept,
+        "shared": shared,
+        "own": {p.name for p in sharing.named if p.value in sharing.optim.state},
+        "all": {p.name for p in sharing.named},
+        "ends": (state(sharing), state(again)),
+    }
 
 
-def test_shared_state_trains_as_state_of_each_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param({"kind": "muon"}, id="muon"),  # and AdamW, for what is no matrix
+        pytest.param({"kind": "adamw"}, id="adamw", marks=pytest.mark.slow),
+        pytest.param({"kind": "sgd", "momentum": 0.9}, id="sgd", marks=pytest.mark.slow),
+    ],
+)
+def test_shared_state_trains_as_state_of_each_rank(optimizer: dict[str, Any], tmp_path: Path) -> None:
     tiny.resolved(tiny.recipe(tmp_path))  # the cache is there before the ranks start
-    first, second = run_ranks(both, 2, tmp_path)
-    for a, b in zip(first, second, strict=True):
-        assert all(one == other for one, other in a["rows"])
-        assert a["own"] | b["own"] == a["all"] and not a["own"] & b["own"]
-        assert a["plain"].keys() == a["shared"].keys()  # the whole state is in the first rank's checkpoint
-        assert all(torch.equal(a["plain"][name], a["shared"][name]) for name in a["plain"])
-        assert all(torch.equal(value, b["plain"][name]) for name, value in b["shared"].items())
-        for rank in (a, b):
-            sharing, again = rank["ends"]
-            assert sharing.keys() == again.keys() and all(torch.equal(sharing[name], again[name]) for name in sharing)
+    a, b = run_ranks(both, 2, tmp_path, optimizer)
+    assert all(one == other for one, other in a["rows"])
+    assert a["own"] | b["own"] == a["all"] and not a["own"] & b["own"]
+    assert a["plain"].keys() == a["shared"].keys()  # the whole state is in the first rank's checkpoint
+    assert all(torch.equal(a["plain"][name], a["shared"][name]) for name in a["plain"])
+    assert all(torch.equal(value, b["plain"][name]) for name, value in b["shared"].items())
+    for rank in (a, b):
+        sharing, again = rank["ends"]
+        assert sharing.keys() == again.keys() and all(torch.equal(sharing[name], again[name]) for name in sharing)
 
 
 def runs(mesh: Mesh, folder: Path) -> None:
