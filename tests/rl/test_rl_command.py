@@ -13,6 +13,7 @@ import pytest
 import tiny
 from torchstone.errors import TorchstoneError
 from torchstone.rl import dumps
+from torchstone.rl.reward import Scorer
 from torchstone.rl.trajectory import Trajectory, dump, read
 from torchstone.spec import resolve, validate
 from torchstone.train import training
@@ -94,7 +95,7 @@ def test_a_consensus_is_the_most_frequent_answer(tmp_path: Path) -> None:
 
     rule: Any = validate(resolve("reward", "exact"), {"pattern": "=(.)"})
     answers = [*of(0, "=3", "=7", "=7"), *of(1, "=3", "=7", "=3"), *of(2, "=7", "=3", "no"), *of(3, "no", "no", "no")]
-    said = dumps._summary(answers, 3, rule)
+    said = dumps._summary(answers, 3, Scorer([rule]))
     assert (said["pass@1"], said["pass@3"], said["cons@3"]) == (4 / 12, 0.75, 0.5)
 
 
