@@ -128,6 +128,7 @@ def test_the_result_is_kept_and_read_back(compared: tuple[Result, Path]) -> None
     assert "untuned" in result.table and "not varied" in result.table and "smallest shown" in result.table
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_trains_nothing_and_an_interrupted_one_only_the_rest(
     compared: tuple[Result, Path], recipe: dict[str, Any]
 ) -> None:

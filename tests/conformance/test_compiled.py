@@ -34,10 +34,12 @@ LONG = {"encoder_decoder", "dilated", "fp8_block", "bitlinear", "hysparse", "lon
 FIRST = fewest([case for case in of_tokens(covering()[0]) if not LONG & {kind for _, kind in kinds_of(case)}], kinds_of)
 
 
-def cases_of(applies: Callable[[Case], bool] = lambda case: True) -> list[Any]:
-    """The usual model and those that have every kind; models that differ from it by one variant are slow."""
-    first = {Case.of(): None} | dict.fromkeys(sorted(FIRST, key=str))
-    marked = {case: () for case in first} | {case: pytest.mark.slow for case in SINGLES if case not in first}
+def cases_of(applies: Callable[[Case], bool] = lambda case: True, every: bool = False) -> list[Any]:
+    """The usual model and, slow unless `every` kind is to be there at each change, those that have all; models that
+    differ from the usual one by one variant are slow."""
+    first = {Case.of(): None} | (dict.fromkeys(sorted(FIRST, key=str)) if every else {})
+    rest = dict.fromkeys([*sorted(FIRST, key=str), *SINGLES])
+    marked = {case: () for case in first} | {case: pytest.mark.slow for case in rest if case not in first}
     return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked.items() if applies(case)]
 
 
@@ -79,7 +81,7 @@ def shallowest(case: Case) -> int:
     return 1 if case.chosen["stack"] == "plain" else 2
 
 
-@pytest.mark.parametrize("case", cases_of())
+@pytest.mark.parametrize("case", cases_of(every=True))
 def test_compiled_layer_gives_the_same_values_and_gradients(case: Case) -> None:
     agree(
         case,

@@ -22,6 +22,8 @@ from torchstone.train.run import RunFolder
 from torchstone.train.training import train
 from torchstone.train.zero import shares
 
+OPTIMIZERS = ({"kind": "adamw"}, {"kind": "muon"}, {"kind": "sgd", "momentum": 0.9})
+
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
@@ -56,14 +58,8 @@ def both(mesh: Mesh, folder: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        pytest.param({"kind": "muon"}, id="muon"),  # and AdamW, for what is no matrix
-        pytest.param({"kind": "adamw"}, id="adamw", marks=pytest.mark.slow),
-        pytest.param({"kind": "sgd", "momentum": 0.9}, id="sgd", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["kind"])
 def test_shared_state_trains_as_state_of_each_rank(optimizer: dict[str, Any], tmp_path: Path) -> None:
     tiny.resolved(tiny.recipe(tmp_path))  # the cache is there before the ranks start
     a, b = run_ranks(both, 2, tmp_path, optimizer)
